@@ -1,0 +1,71 @@
+"""Veneer: thin, trainable layers over frozen models.
+
+The names below load on first use, so that `import veneer` costs nothing and pulls in no model library.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import core, diffusion, studio, text
+    from .core import (
+        AdaptedLayer,
+        AdaptedModel,
+        IA3Config,
+        LoHaConfig,
+        LoKrConfig,
+        LoraConfig,
+        OFTConfig,
+        PeftConfig,
+        PeftModel,
+        PeftType,
+        TaskType,
+        get_peft_config,
+        get_peft_model,
+        get_peft_model_state_dict,
+        inject_adapter_in_model,
+        set_peft_model_state_dict,
+    )
+
+__version__ = "0.1.0"
+
+# Where each public name lives; a subpackage is its own home.
+_HOME = {
+    "core": "core",
+    "diffusion": "diffusion",
+    "studio": "studio",
+    "text": "text",
+    "AdaptedLayer": "core",
+    "AdaptedModel": "core",
+    "IA3Config": "core",
+    "LoHaConfig": "core",
+    "LoKrConfig": "core",
+    "LoraConfig": "core",
+    "OFTConfig": "core",
+    "PeftConfig": "core",
+    "PeftModel": "core",
+    "PeftType": "core",
+    "TaskType": "core",
+    "get_peft_config": "core",
+    "get_peft_model": "core",
+    "get_peft_model_state_dict": "core",
+    "inject_adapter_in_model": "core",
+    "set_peft_model_state_dict": "core",
+}
+
+__all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = import_module(f".{_HOME[name]}", __name__)
+    value = home if name == _HOME[name] else getattr(home, name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

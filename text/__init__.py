@@ -1,0 +1,1 @@
+"""Adapters for language models. Empty so far: `veneer.get_peft_model` adapts a transformers model today."""
