@@ -11,9 +11,10 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
+from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 from . import __version__
 
@@ -92,9 +93,10 @@ def _run(name: str, arguments: list[str]) -> None:
     from_file = _take_value(arguments, "--config")
     print_only = _take_flag(arguments, "--print-config")
     module = import_module(f".{command.module}", __package__)
+    config_class = getattr(module, command.config)
     if from_file is not None:
-        arguments = [*_flags(_read_yaml(Path(from_file))), *arguments]  # later flags win
-    config = _parse(f"veneer {name}", getattr(module, command.config), arguments)
+        arguments = [*_flags(config_class, _read_yaml(Path(from_file))), *arguments]  # later flags win
+    config = _parse(f"veneer {name}", config_class, arguments)
     if print_only:
         from .diffusion.settings import to_yaml
 
@@ -130,19 +132,20 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     return loaded
 
 
-def _flags(options: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _flags(config_class: type, options: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """A config file as flags, so that one parser checks both and complains in the same words."""
+    kinds = get_type_hints(config_class)
     for name, value in options.items():
-        flag = f"{prefix}{name}".replace("_", "-")
-        if isinstance(value, dict):
-            yield from _flags(value, prefix=f"{flag}.")
+        flag = name.replace("_", "-")
+        if isinstance(value, dict) and is_dataclass(kinds.get(name)):
+            yield from _flags(kinds[name], value, f"{prefix}{flag}.")
         elif isinstance(value, bool):
-            head, _, tail = flag.rpartition(".")
-            yield f"--{head}{'.' if head else ''}{'' if value else 'no-'}{tail}"
-        elif isinstance(value, list):
-            yield from (f"--{flag}", *map(str, value))
+            yield f"--{prefix}{'' if value else 'no-'}{flag}"
+        elif isinstance(value, (dict, list)):
+            words = [word for item in value.items() for word in item] if isinstance(value, dict) else value
+            yield from (f"--{prefix}{flag}", *map(str, words))
         else:
-            yield f"--{flag}={value}"
+            yield f"--{prefix}{flag}={value}"
 
 
 def _take_flag(arguments: list[str], flag: str) -> bool:

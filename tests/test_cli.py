@@ -21,6 +21,8 @@ class Part:
     """Columns."""
     train: bool = True
     """Whether to."""
+    pattern: dict[str, int] = field(default_factory=dict)
+    """Free names."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,11 @@ def test_flags_reach_the_config(seen):
 @pytest.mark.parametrize("as_flag", [("--config", "{}"), ("--config={}",)], ids=["two words", "equals"])
 def test_yaml_gives_options_and_flags_override_them(seen, tmp_path, as_flag):
     file = tmp_path / "run.yaml"
-    file.write_text("name: -x\nprompts: [a dog, a car]\nlimit: null\npart: {rank: 2, train: false}\n")
+    file.write_text(
+        "name: -x\nprompts: [a dog, a car]\nlimit: null\npart: {rank: 2, train: false, pattern: {to_q: 4}}\n"
+    )
     cli.main(["try", *(part.format(file) for part in as_flag), "--part.rank=3", "--limit", "5"])
-    assert seen == [TryConfig("-x", ("a dog", "a car"), limit=5, part=Part(3, False))]
+    assert seen == [TryConfig("-x", ("a dog", "a car"), limit=5, part=Part(3, False, {"to_q": 4}))]
 
 
 def test_printed_config_reads_back_the_same(seen, capsys, tmp_path):
