@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tyro.conf import Positional
+
 from .settings import plain
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -35,7 +37,7 @@ RANK_AXIS = {"lora_A.weight": 0, "lora_embedding_A": 0, "hada_w1_b": 0, "lokr_w2
 class InspectConfig:
     """Say what an adapter file or folder holds."""
 
-    path: Path
+    path: Positional[Path]
     """A .safetensors file, or a folder that holds an adapter."""
     json: bool = False
     """Print JSON instead of a table."""
@@ -76,10 +78,14 @@ def inspect(config: InspectConfig) -> None:
 
 
 def inspect_path(path: Path) -> list[Report]:
-    """A report for every adapter file at or below `path`."""
+    """A report for every adapter file of `path`, a file or a folder."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+    if path.is_file():
+        files = [path]
+    else:  # an adapter's own files before whatever lies deeper, such as a run's checkpoints
+        own = [*path.glob("*.safetensors"), *path.glob("*/adapter_model.safetensors")]
+        files = sorted(own or path.rglob("*.safetensors"))
     if not files:
         raise ValueError(f"{path} holds no .safetensors file")
     return [_inspect_file(file) for file in files]

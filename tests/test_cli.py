@@ -149,7 +149,7 @@ def test_debug_shows_where_an_error_came_from(seen, capsys):
 
 
 def test_the_installed_command_fails_with_a_code():
-    command = [Path(sys.executable).parent / "veneer", "inspect", "--path", "nowhere"]
+    command = [Path(sys.executable).parent / "veneer", "inspect", "nowhere"]
     child = subprocess.run(command, capture_output=True, text=True, cwd=os.sep)
     assert child.returncode == 1
     assert child.stderr == "veneer: error: nowhere does not exist\n"

@@ -1,0 +1,128 @@
+"""`veneer blend`: several adapters into one, with a picture of what each does alone and what they do together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .generate import DrawOptions
+from .settings import plain, to_yaml
+from .weighted import Weighted, parse_weighted
+
+if TYPE_CHECKING:
+    from .adapters import Adapters
+    from .grid import Row
+
+BLEND = "blend"
+"""Name of the new adapter on the pipeline."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombineOptions:
+    """How adapters become one."""
+
+    combination_type: Literal["cat", "linear", "svd", "ties"] = "cat"
+    """"cat" is the exact weighted sum, its rank the sum of the ranks; "svd" the nearest sum of a lower rank; "linear"
+    averages the factors one by one, for adapters of equal rank; "ties" keeps large changes and settles their signs."""
+    svd_rank: int | None = None
+    """Rank of an "svd" blend. Not given, the largest rank of the inputs."""
+    density: float | None = None
+    """Share of each adapter that "ties" keeps, above 0 to 1: its largest values."""
+    majority_sign_method: Literal["total", "frequency"] = "total"
+    """How "ties" settles a sign: by the sum of the values, or by their number."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the core's `combine`; what does not belong to the combination is left out."""
+        by_type = {"svd": {"svd_rank": self.svd_rank}, "ties": {"density": self.density}}
+        options = by_type.get(self.combination_type, {})
+        if self.combination_type == "ties":
+            options["majority_sign_method"] = self.majority_sign_method
+        return {"combination_type": self.combination_type, **{k: v for k, v in options.items() if v is not None}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendConfig(CombineOptions, DrawOptions):
+    """Make one adapter of several, and a sheet that shows the inputs, the blend and the bare model side by side."""
+
+    adapters: tuple[str, ...]
+    """Two or more adapter folders or files, each PATH or PATH=WEIGHT; 1 is as trained."""
+    out: Path = Path("blend")
+    """Folder for the new adapter, its preview `sheet.png` and this config."""
+    prompts: tuple[str, ...] = ()
+    """Columns of the preview. Not given, no preview is drawn."""
+
+
+def blend(config: BlendConfig) -> None:
+    """Combine, save and preview."""
+    from .grid import contact_sheet
+
+    inputs = parse_weighted(config.adapters)
+    if len(inputs) < 2:
+        raise ValueError(f"a blend needs two adapters or more, not {len(inputs)}: give PATH or PATH=WEIGHT for each")
+    pipe = config.load_pipeline()
+    blended = combine(pipe, inputs, config)
+    save(config.out, blended, recipe(inputs, config))
+    (config.out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    print(f"the blend is in {config.out}")
+    if config.prompts:
+        sheet = config.out / "sheet.png"
+        contact_sheet(preview(pipe, inputs, config, config.prompts)).save(sheet)
+        print(f"its preview is {sheet}")
+
+
+def combine(pipe: Any, inputs: Sequence[Weighted], options: CombineOptions) -> Adapters:
+    """Load `inputs` onto `pipe` and combine them there, component by component, into a new adapter named `BLEND`.
+
+    A component that only some of the inputs adapt is combined from those.
+    """
+    from .pipeline import adapted_models, load_adapter
+
+    for adapter in inputs:
+        load_adapter(pipe, adapter.path, adapter.name)
+    blended = {}
+    for component, model in adapted_models(pipe).items():
+        here = [adapter for adapter in inputs if adapter.name in model.configs]
+        weights = [adapter.weight for adapter in here]
+        model.combine([adapter.name for adapter in here], weights, BLEND, **options.arguments())
+        blended[component] = model.configs[BLEND], {key: value.cpu() for key, value in model.tensors(BLEND).items()}
+    return blended
+
+
+def recipe(inputs: Sequence[Weighted], options: CombineOptions) -> dict[str, str]:
+    """How the blend was made, for the files' headers."""
+    made = {"blend": [{"path": path, "weight": weight} for _, path, weight in inputs], **options.arguments()}
+    return {"recipe": json.dumps(plain(made))}
+
+
+def save(folder: Path, adapters: Adapters, metadata: dict[str, str]) -> None:
+    """PEFT directories, and where diffusers knows the method its file too."""
+    from .dialects.diffusers_file import FILE_NAME, can_express, write_diffusers_file
+    from .dialects.peft_dir import write_peft_dir
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_peft_dir(folder, adapters, metadata)
+    if can_express(adapters):
+        write_diffusers_file(folder / FILE_NAME, adapters, metadata)
+
+
+def preview(pipe: Any, inputs: Sequence[Weighted], draw: DrawOptions, prompts: Sequence[str]) -> list[Row]:
+    """Rows of the sheet: the bare model, each input at its weight, the blend; columns are prompts and seeds."""
+    shown = [(None, 1.0, "no adapter"), *((name, weight, f"{name} at {weight:g}") for name, _, weight in inputs)]
+    rows = []
+    for name, weight, label in [*shown, (BLEND, 1.0, "blend")]:
+        show_only(pipe, name, weight)
+        rows.append((label, [(prompt, image) for prompt, _, image in draw.draw(pipe, prompts)]))
+    return rows
+
+
+def show_only(pipe: Any, name: str | None, weight: float = 1.0) -> None:
+    """Of all loaded adapters run this one alone, or none."""
+    from .pipeline import adapted_models, set_weights
+
+    for model in adapted_models(pipe).values():
+        model.activate(*[name] if name in model.configs else [])
+    if name is not None:
+        set_weights(pipe, {name: weight})

@@ -1,0 +1,131 @@
+"""`veneer blend` and `veneer generate` on the embedded pipeline, with adapters of random weights."""
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from veneer import LoraConfig, cli
+from veneer.core import AdaptedModel
+from veneer.diffusion.blend import save
+from veneer.diffusion.families import load_pipeline
+from veneer.diffusion.inspect import inspect_path
+from veneer.diffusion.pipeline import read_adapter
+
+FAST = ("--steps", "2", "--seeds", "3", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """Folders of two adapters: `both` for UNet and text encoder at rank 2, `unet` for the UNet only at rank 3."""
+    folder = tmp_path_factory.mktemp("adapters")
+    pipe = load_pipeline("embedded")
+    parts = {
+        "both": {"unet": (2, ["to_q", "conv1"]), "text_encoder": (2, ["q_proj"])},
+        "unet": {"unet": (3, ["to_q", "to_v"])},
+    }
+    torch.manual_seed(0)
+    for name, components in parts.items():
+        made = {}
+        for component, (rank, targets) in components.items():
+            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, init_lora_weights=False)
+            model = AdaptedModel(getattr(pipe, component))
+            model.add(name, config)
+            made[component] = config, model.tensors(name)
+            model.detach()
+        save(folder / name, made, {})
+    return folder
+
+
+def run(*arguments) -> None:
+    cli.main([str(argument) for argument in arguments])
+
+
+def picture(path) -> np.ndarray:
+    return np.asarray(Image.open(path), dtype=np.int16)
+
+
+def delta(folder, component, module) -> torch.Tensor:
+    """The weight change (out, in * kernel) of one linear or convolution."""
+    config, tensors = read_adapter(folder)[component]
+    down, up = (tensors[f"{module}.lora_{part}.weight"].flatten(1) for part in "AB")
+    return config.lora_alpha / down.shape[0] * up @ down
+
+
+def test_cat_is_the_weighted_sum(adapters, tmp_path):
+    out = tmp_path / "blend"
+    run("blend", "--adapters", f"{adapters}/both=0.5", f"{adapters}/unet=-1", "--out", out, *FAST)
+    tensors = read_adapter(out)["unet"][1]
+    shared = next(key.rpartition(".lora_A")[0] for key in tensors if key.endswith("to_q.lora_A.weight"))
+    expected = 0.5 * delta(adapters / "both", "unet", shared) - delta(adapters / "unet", "unet", shared)
+    torch.testing.assert_close(delta(out, "unet", shared), expected, rtol=1e-4, atol=1e-5)
+    assert set(read_adapter(out)) == {"unet", "text_encoder"}
+
+
+def test_a_blend_draws_what_its_inputs_draw_together(adapters, tmp_path):
+    both, unet, out = adapters / "both", adapters / "unet", tmp_path / "blend"
+    run("blend", "--adapters", f"{both}=0.3", f"{unet}=0.2", "--out", out, *FAST)
+    run("generate", "--prompts", "a cat", "--adapters", f"{both}=0.3", f"{unet}=0.2", "--out", tmp_path / "two", *FAST)
+    run("generate", "--prompts", "a cat", "--adapters", out, "--out", tmp_path / "one", *FAST)
+    run("generate", "--prompts", "a cat", "--out", tmp_path / "none", *FAST)
+    two, one, none = (picture(tmp_path / name / "000-a-cat-3.png") for name in ("two", "one", "none"))
+    assert np.abs(two - one).max() <= 2
+    assert np.abs(two - none).max() > 20
+
+
+def test_preview_shows_baseline_inputs_and_blend(adapters, tmp_path, capsys):
+    out = tmp_path / "blend"
+    inputs = f"{adapters}/both=0.5", f"{adapters}/unet"
+    run("blend", "--adapters", *inputs, "--out", out, "--prompts", "a cat", "a dog", *FAST)
+    width, height = Image.open(out / "sheet.png").size
+    assert height > 4 * 128
+    assert width > 2 * 128
+    assert str(out / "sheet.png") in capsys.readouterr().out
+    assert yaml.safe_load((out / "config.yaml").read_text())["adapters"] == list(inputs)
+
+
+@pytest.mark.parametrize("options", [("svd", "--svd-rank", "2"), ("ties", "--density", "0.5"), ("linear",)])
+def test_other_combinations(adapters, tmp_path, options):
+    out = tmp_path / "blend"
+    same_rank = f"{adapters}/both", f"{adapters}/both=0.5"
+    run("blend", "--adapters", *same_rank, "--out", out, "--combination-type", *options, *FAST)
+    for report in inspect_path(out):
+        assert all(part.ranks == [2] for part in report.parts)
+
+
+def test_the_recipe_is_kept(adapters, tmp_path):
+    run("blend", "--adapters", f"{adapters}/both=0.5", f"{adapters}/unet", "--out", tmp_path / "blend", *FAST)
+    for report in inspect_path(tmp_path / "blend"):
+        made = report.metadata["recipe"]
+        assert made["combination_type"] == "cat"
+        assert [part["weight"] for part in made["blend"]] == [0.5, 1.0]
+
+
+def test_generate_writes_pictures_sheet_and_config(tmp_path):
+    run("generate", "--prompts", "a cat", "a red apple!", "--out", tmp_path, "--steps", "1", "--seeds", "0", "7")
+    names = ["000-a-cat-0.png", "001-a-cat-7.png", "002-a-red-apple-0.png", "003-a-red-apple-7.png", "sheet.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == names
+    assert Image.open(tmp_path / names[0]).size == (64, 64)
+    again = tmp_path / "again"
+    run("generate", "--config", tmp_path / "config.yaml", "--out", again)
+    assert (picture(again / names[3]) == picture(tmp_path / names[3])).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("blend", "--adapters", "{}/both"), "a blend needs two adapters or more, not 1"),
+        (("blend", "--adapters", "{}/both", "{}/nowhere"), "nowhere"),
+        (("blend", "--adapters", "{}/both", "{}/unet", "--combination-type", "linear"), "rank"),
+        (("generate", "--prompts"), "nothing to draw"),
+        (("generate", "--prompts", "a cat", "--model", "nowhere"), "nowhere"),
+        (("generate", "--prompts", "a cat", "--adapters", "{}"), "holds no adapter"),
+    ],
+)
+def test_errors_are_one_line(adapters, tmp_path, capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        run(*(argument.format(adapters) for argument in arguments), "--out", tmp_path / "out")
+    said = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert said.count("\n") == 1
+    assert words in said
