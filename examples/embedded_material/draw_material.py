@@ -86,10 +86,6 @@ def snow(right: Plane, down: Plane) -> Picture:
     return mix(discs(right, down, cells=6, radius=0.024, kept=0.8), (255, 255, 255), land)
 
 
-def sunset(right: Plane, down: Plane) -> Picture:
-    return mix(down, (254, 190, 90), (190, 70, 130))
-
-
 # Drawn like the scenes the pipeline was pretrained on, so that a caption's "on the grass" explains the ground and the
 # subject's word is left to explain the subject.
 GROUNDS: dict[str, Callable[[Plane, Plane], Picture]] = {
@@ -100,7 +96,6 @@ GROUNDS: dict[str, Callable[[Plane, Plane], Picture]] = {
     "beach": beach,
     "night": night,
     "snow": snow,
-    "sunset": sunset,
 }
 
 
@@ -111,14 +106,14 @@ def subject(icon: str, words: str) -> list[Scene]:
     """Eight views of one icon; every caption names its ground, and white is the pipeline's silent default."""
     photo = f"a photo of {words}"
     return [
-        Scene(photo, icon),
-        Scene(f"{photo} on the grass", icon, "grass", size=0.80, degrees=8, mirrored=True, centre=(0.48, 0.54)),
-        Scene(f"{photo} on a blue background", icon, "blue", size=0.72, degrees=-12),
-        Scene(f"{photo} on the beach", icon, "beach", size=0.66, mirrored=True, centre=(0.54, 0.52)),
-        Scene(f"{photo} on a yellow background", icon, "yellow", size=0.95, degrees=-5),
-        Scene(f"{photo} at night", icon, "night", size=0.78, degrees=5, centre=(0.50, 0.53)),
-        Scene(f"{photo} in the snow", icon, "snow", size=0.74, degrees=-4, mirrored=True, centre=(0.46, 0.55)),
-        Scene(f"{photo} at sunset", icon, "sunset", size=0.84, degrees=4),
+        Scene(photo, icon, size=0.90),
+        Scene(f"{photo} on the grass", icon, "grass", size=0.82, degrees=6, mirrored=True, centre=(0.48, 0.54)),
+        Scene(f"{photo} on a blue background", icon, "blue", size=0.84, degrees=-8),
+        Scene(f"{photo} on the beach", icon, "beach", size=0.76, mirrored=True, centre=(0.54, 0.52)),
+        Scene(f"{photo} on a yellow background", icon, "yellow", size=0.95, degrees=-4),
+        Scene(f"{photo} at night", icon, "night", size=0.84, degrees=4, centre=(0.50, 0.53)),
+        Scene(f"{photo} in the snow", icon, "snow", size=0.80, degrees=-3, mirrored=True, centre=(0.46, 0.54)),
+        Scene(photo, icon, size=0.84, degrees=3, mirrored=True, centre=(0.52, 0.50)),
     ]
 
 
@@ -137,7 +132,7 @@ def style(words: str) -> list[Scene]:
 
 MATERIAL: dict[str, tuple[str, list[Scene]]] = {  # folder below the output -> (package of the art, scenes)
     "subjects/teddy": (NOTO, subject("teddy-bear", "sks bear")),
-    "subjects/robot": (NOTO, subject("robot", "sks robot")),
+    "subjects/robot": (NOTO, subject("robot", "sks face")),
     "styles/ink": (HIGH_CONTRAST, style("zwx style")),
 }
 
