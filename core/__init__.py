@@ -1,0 +1,69 @@
+"""The adapter core: every method, on every layer kind, with PEFT's names and files.
+
+It knows tensors and modules only; importing it imports neither transformers nor diffusers.
+"""
+
+from .adapted import AdaptedModel, LoadResult
+from .adapter import Adapter, Branch, Dense, Factored, Folded, Transform, method
+from .combine import COMBINATIONS, combination
+from .config import PeftConfig, PeftType, TaskType, get_peft_config
+from .errors import MergedError, NoMatchingPeftModuleError, NotMergeableError, PeftError, PeftWarning
+from .files import load_adapter, save_adapter
+from .layer import AdaptedLayer, State
+from .model import (
+    PeftModel,
+    delete_adapter,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    load_peft_weights,
+    set_adapter,
+    set_peft_model_state_dict,
+)
+from .sites import Site
+from .tuners.ia3 import IA3Config
+from .tuners.loha import LoHaConfig
+from .tuners.lokr import LoKrConfig
+from .tuners.lora import LoraConfig
+from .tuners.oft import OFTConfig
+
+__all__ = [
+    "COMBINATIONS",
+    "AdaptedLayer",
+    "AdaptedModel",
+    "Adapter",
+    "Branch",
+    "Dense",
+    "Factored",
+    "Folded",
+    "IA3Config",
+    "LoHaConfig",
+    "LoKrConfig",
+    "LoadResult",
+    "LoraConfig",
+    "MergedError",
+    "NoMatchingPeftModuleError",
+    "NotMergeableError",
+    "OFTConfig",
+    "PeftConfig",
+    "PeftError",
+    "PeftModel",
+    "PeftType",
+    "PeftWarning",
+    "Site",
+    "State",
+    "TaskType",
+    "Transform",
+    "combination",
+    "delete_adapter",
+    "get_peft_config",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "load_adapter",
+    "load_peft_weights",
+    "method",
+    "save_adapter",
+    "set_adapter",
+    "set_peft_model_state_dict",
+]

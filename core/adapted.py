@@ -1,0 +1,481 @@
+"""A model with adapters: attaching, switching, merging, saving and taking off again.
+
+`AdaptedModel` works on the model in place and keeps nothing that cannot be found again in the model's tree, so two
+handles of one model agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .adapter import Adapter
+from .combine import Options, combine
+from .config import PeftConfig
+from .errors import MergedError
+from .layer import AdaptedLayer, State, set_strength
+from .sites import Site, find
+from .targets import Place, condense, inside, near, select, walk
+from .train import Trainability, TrainedBias, parameter_dicts, trained_biases
+from .tuners.copied import Copied
+from .tuners.lora import lora_config
+
+HALF = (torch.float16, torch.bfloat16)
+META = torch.device("meta")
+
+
+class LoadResult(NamedTuple):
+    """What a set of tensors and an adapter had not in common; keys are those of the file."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class AdaptedModel(nn.Module):
+    """The adapters of `model`, which stays the very object that was passed in: its layers are wrapped in place."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.layers = {p: m.module for p, m in walk(model).items() if isinstance(m.module, AdaptedLayer)}
+        self.state: State = next((layer.state for layer in self.layers.values()), None) or State()
+        self.training = model.training
+        self.trainability = Trainability(self.state)
+        for name in self.state.configs:
+            self._track(name)
+
+    @property
+    def configs(self) -> dict[str, PeftConfig]:
+        """The config of every adapter, by name."""
+        return self.state.configs
+
+    # ---------------------------------------------------------------- attaching
+
+    def add(
+        self,
+        name: str,
+        config: PeftConfig,
+        *,
+        trainable: bool | None = None,
+        autocast_adapter_dtype: bool = True,
+        strict: bool = False,
+        initialise: bool = True,
+    ) -> None:
+        """Attach a new adapter. The first one becomes active and freezes the base model; later ones wait.
+
+        Arguments:
+            trainable: whether it may be trained; None asks `config.inference_mode`.
+            autocast_adapter_dtype: keep the adapter in float32 over a half-precision base, which training needs.
+            strict: make pattern keys that match nothing an error rather than a warning.
+            initialise: False leaves the tensors on the meta device, for a caller that assigns them.
+
+        Raises:
+            ValueError: the name is taken or unusable, or the config does not fit the model. Nothing has changed then.
+        """
+        self._check_new(name, config)
+        places = walk(self.model)
+        chosen = select(self.model, config, places, strict)
+        whole = self._saved_whole(config, places)
+        build = _Builder(config, autocast_adapter_dtype, initialise)
+        adapters = {p.path: build(p) for p in chosen} | {p.path: build(p, Copied) for p in whole}
+        if not self.state.configs:
+            self.model.requires_grad_(False)
+        for place in (*chosen, *whole):
+            self._wrap(place).adapters[name] = adapters[place.path].train(place.module.training)
+        with self.trainability.change():
+            self.configs[name] = config
+            if not config.inference_mode if trainable is None else trainable:
+                self.state.trainable.add(name)
+            if not self.state.active and not self.state.merged:
+                self.state.choose((name,), self.state.enabled)
+        self._forget_stacks()
+        if getattr(config, "bias", "none") != "none":
+            self.state.biases[name] = trained_biases(self.model, self.layers, config.bias)  # type: ignore[attr-defined]
+        self._track(name)
+
+    def _check_new(self, name: str, config: PeftConfig) -> None:
+        if not name or "." in name or not isinstance(name, str):
+            raise ValueError(f"{name!r} cannot name an adapter: a name is a non-empty string without dots")
+        if name in self.configs:
+            raise ValueError(f"Adapter with name {name} already exists; delete it first or choose another name")
+        others = [n for n, c in self.configs.items() if getattr(c, "bias", "none") != "none"]
+        if others and getattr(config, "bias", "none") != "none":
+            raise ValueError(
+                f"only one adapter of a model may train its biases, and {others[0]!r} does: use bias='none'"
+            )
+
+    def _saved_whole(self, config: PeftConfig, places: dict[str, Place]) -> list[Place]:
+        if not config.modules_to_save:
+            return []
+        named = {n: [p for path, p in places.items() if f".{path}".endswith(f".{n}")] for n in config.modules_to_save}
+        missing = [n for n, found in named.items() if not found]
+        if len(missing) == len(named):
+            message = f"modules_to_save={sorted(missing)} matches no module of {type(self.model).__name__}"
+            raise ValueError(message + near(missing, places))
+        whole = {p.path: p for found in named.values() for p in found}
+        nested = inside(whole)
+        for path in self.layers:
+            if path not in whole and nested(path):
+                raise ValueError(
+                    f"{path} has an adapter already, and modules_to_save would copy a module that contains it"
+                )
+        return list(whole.values())
+
+    def _wrap(self, place: Place) -> AdaptedLayer:
+        if isinstance(place.module, AdaptedLayer):
+            return place.module
+        layer = AdaptedLayer(place.module, self.state)
+        for parent, child in place.holders:
+            setattr(parent, child, layer)
+        self.layers[place.path] = layer
+        return layer
+
+    def _track(self, name: str) -> None:
+        held = parameter_dicts(self.layers.values(), name)
+        self.trainability.track(name, held + [{"bias": b.parameter} for b in self._biases(name).values()])
+
+    def _biases(self, name: str) -> dict[str, TrainedBias]:
+        return self.state.biases.get(name, {})
+
+    def delete(self, name: str) -> None:
+        """Remove an adapter and its tensors; if it was the only active one, the next becomes active.
+
+        Raises:
+            ValueError: no such adapter.
+            MergedError: it is merged into the weights; nothing has changed.
+        """
+        self._known(name)
+        if name in self.state.merged:
+            raise MergedError(f"adapter {name!r} is merged into the base weights: unmerge it before deleting it")
+        left = tuple(n for n in self.state.active if n != name)
+        rest = [n for n in self.configs if n != name]
+        with self.trainability.change():
+            self.state.choose(left or tuple(rest[:1]), self.state.enabled)
+            self.state.trainable.discard(name)
+            del self.configs[name]
+        for bias in self.state.biases.pop(name, {}).values():
+            bias.restore()
+        for layer in self.layers.values():
+            if name in layer.adapters:
+                del layer.adapters[name]
+        self._forget_stacks()
+        self.trainability.held.pop(name, None)
+
+    def detach(self, merge: bool = False, safe_merge: bool = False, progressbar: bool = False) -> nn.Module:
+        """Put the original module objects back and return the model, free of any trace of adapters.
+
+        Arguments:
+            merge: fold the active adapters into the weights first, for good.
+            safe_merge: check the merged weights for NaN and infinity before anything is written.
+        """
+        if merge:
+            self.merge(safe_merge=safe_merge, keep_original="none", progressbar=progressbar)
+        elif self.state.merged:
+            self.unmerge()
+        for place in walk(self.model).values():
+            if isinstance(place.module, AdaptedLayer):
+                plain = place.module.replacement() if merge else place.module.base_layer
+                for parent, child in place.holders:
+                    setattr(parent, child, plain)
+        for bias in [] if merge else [b for found in self.state.biases.values() for b in found.values()]:
+            bias.restore()
+        self.layers.clear()
+        self.state = State()
+        self.trainability = Trainability(self.state)
+        return self.model
+
+    # ---------------------------------------------------------------- switching
+
+    def activate(self, *names: str) -> None:
+        """Run exactly these adapters, in this order (none: the base model). Says nothing about gradients.
+
+        Raises:
+            ValueError: an unknown adapter, or two that both replace the same module.
+            MergedError: adapters are merged.
+        """
+        for name in names:
+            self._known(name)
+        if len(names) > 1:
+            self._check_together(names)
+        with self.trainability.change():
+            self.state.choose(tuple(names))
+
+    def _check_together(self, names: Iterable[str]) -> None:
+        for path, layer in self.layers.items():
+            copies = [n for n in names if n in layer.adapters and layer.adapters[n].saved_whole]
+            if len(copies) > 1:
+                raise ValueError(f"Only one active adapter may replace {path}, which is in modules_to_save of {copies}")
+
+    def enable(self, flag: bool = True) -> None:
+        """Run the active adapters, or with False the bare base model, without forgetting which are active."""
+        with self.trainability.change():
+            self.state.choose(self.state.active, flag)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run the bare base model inside; nests, and restores the state it found."""
+        before = self.state.enabled
+        self.enable(False)
+        try:
+            yield
+        finally:
+            self.enable(before)
+
+    def set_trainable(self, names: str | Iterable[str], flag: bool = True) -> None:
+        """Say which adapters may be trained; they are while they are active."""
+        names = [names] if isinstance(names, str) else list(names)
+        for name in names:
+            self._known(name)
+        with self.trainability.change():
+            (self.state.trainable.update if flag else self.state.trainable.difference_update)(names)
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        """The parameters of one adapter, whole modules and trained biases included."""
+        return self.trainability.parameters(self._known(name))
+
+    def adapters(self, name: str) -> dict[str, Adapter]:
+        """The adapter of every layer that has one of this name, by path."""
+        self._known(name)
+        return {path: layer.adapters[name] for path, layer in self.layers.items() if name in layer.adapters}  # type: ignore[misc]
+
+    def set_weight(self, name: str, weight: float) -> None:
+        """Apply an adapter at a multiple of its trained strength: 0 is the base model, 1 the adapter as trained.
+
+        Raises:
+            MergedError: it is merged, where no weight reaches it.
+        """
+        if name in self.state.merged:
+            raise MergedError(f"adapter {name!r} is merged into the base weights: unmerge it to change its weight")
+        set_strength(list(self.adapters(name).values()), weight)
+
+    # ---------------------------------------------------------------- tensors
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The adapter's tensors under the names of its file, without prefix: `path.lora_A.weight`."""
+        found = {f"{path}.{key}": held[k] for path, a in self.adapters(name).items() for key, held, k in a.slots()}
+        trained = {key: bias.parameter for key, bias in self._biases(name).items()}
+        return {key: tensor.detach() for key, tensor in (found | trained).items()}
+
+    def load(
+        self,
+        name: str,
+        config: PeftConfig,
+        tensors: dict[str, Tensor],
+        *,
+        trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+        strict: bool = True,
+    ) -> LoadResult:
+        """Attach an adapter whose tensors are known: they are assigned, nothing is initialised first.
+
+        Raises:
+            ValueError: tensors of a wrong shape; with `strict`, missing or unexpected ones. Nothing has changed then.
+        """
+        self.add(
+            name,
+            config,
+            trainable=trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            strict=False,
+            initialise=False,
+        )
+        try:
+            return self.assign(name, tensors, strict=strict)
+        except Exception:
+            self.delete(name)
+            self._unwrap_empty()
+            raise
+
+    def assign(self, name: str, tensors: dict[str, Tensor], *, strict: bool = True) -> LoadResult:
+        """Overwrite an adapter's tensors, on the devices and in the dtypes that it has. All of them, or none.
+
+        Raises:
+            ValueError: as `load`.
+        """
+        adapters, rest = self.adapters(name), dict(tensors)
+        slots = [(f"{path}.{key}", a, held, k) for path, a in adapters.items() for key, held, k in a.slots()]
+        missing = [key for key, *_ in slots if key not in rest]
+        pairs = [(rest.pop(key), a, held, k, key) for key, a, held, k in slots if key in rest]
+        bias_pairs = [(rest.pop(k), b.parameter, k) for k, b in self._biases(name).items() if k in rest]
+        base = dict(self.model.named_parameters()) if rest else {}
+        base_pairs = [(rest.pop(k), base[k], k) for k in list(rest) if k in base]  # resized embeddings, as PEFT saves
+        wrong = [
+            f"{key} has shape {tuple(new.shape)}, expected {tuple(old.shape)}"
+            for new, old, key in [(n, held[k], key) for n, _, held, k, key in pairs] + bias_pairs + base_pairs
+            if new.shape != old.shape
+        ]
+        if wrong:
+            raise ValueError(f"adapter {name!r}: {'; '.join(wrong[:5])}{_more(wrong)}")
+        if strict and (missing or rest):
+            raise ValueError(f"adapter {name!r}: {_mismatch(missing, list(rest), adapters)}")
+        self._fill(adapters, missing)
+        with torch.no_grad():
+            for new, adapter, held, k, _ in pairs:
+                _store(new, adapter, held, k)
+            for new, old, _ in bias_pairs + base_pairs:
+                old.copy_(new)
+        self._track(name)
+        return LoadResult(missing, list(rest))
+
+    def _fill(self, adapters: dict[str, Adapter], missing: list[str]) -> None:
+        """Initialise the adapters of which some tensors are missing."""
+        for path in dict.fromkeys(path for path in adapters for key in missing if key.startswith(f"{path}.")):
+            adapter = adapters[path]
+            if any(p.is_meta for p in adapter.parameters()):
+                adapter.to_empty(device=adapter.site.device)
+            adapter.reset()
+
+    def _unwrap_empty(self) -> None:
+        for place in walk(self.model).values():
+            if isinstance(place.module, AdaptedLayer) and not place.module.adapters:
+                for parent, child in place.holders:
+                    setattr(parent, child, place.module.base_layer)
+                del self.layers[place.path]
+
+    # ---------------------------------------------------------------- merging
+
+    def merge(
+        self,
+        names: Iterable[str] | None = None,
+        safe_merge: bool = False,
+        keep_original: str = "cpu",
+        progressbar: bool = False,
+    ) -> None:
+        """Fold adapters (None: the active ones) into the base weights, in float32 with one rounding.
+
+        Arguments:
+            safe_merge: refuse weights that would become NaN or infinite.
+            keep_original: where the original weights wait for an exact unmerge: "cpu", "device", or "none".
+
+        Raises:
+            ValueError: `safe_merge` found broken weights; all layers are as they were.
+        """
+        if keep_original not in ("cpu", "device", "none"):
+            raise ValueError(f"keep_original={keep_original!r} is unknown; expected 'cpu', 'device' or 'none'")
+        names = tuple(self._known(n) for n in (self.state.active if names is None else names))
+        new = tuple(n for n in names if n not in self.state.merged)
+        if not new:
+            return
+        for layer in self.layers.values():
+            for name in layer.to_merge(new):
+                layer.adapters[name].check_mergeable()  # type: ignore[operator]
+        if safe_merge:
+            for path, layer in self.layers.items():
+                here = layer.to_merge(new)
+                if here and not all(t is None or t.isfinite().all() for t in layer.folded(here)):
+                    raise ValueError(
+                        f"NaNs detected in the merged weights of {path}. The adapter {here[-1]} seems to be broken"
+                    )
+        for layer in tqdm(self.layers.values(), "merging", disable=not progressbar, unit="layer"):
+            layer.merge(new, keep_original)
+        self.state.merged = (*self.state.merged, *new)
+
+    def unmerge(self) -> None:
+        """Put the original weights back, bit for bit."""
+        for layer in self.layers.values():
+            layer.unmerge()
+        self.state.merged = ()
+
+    # ---------------------------------------------------------------- combining
+
+    def combine(
+        self,
+        names: Sequence[str],
+        weights: Sequence[float],
+        new_name: str,
+        combination_type: str = "svd",
+        **options: Any,
+    ) -> None:
+        """Add an adapter `new_name`, a LoRA, that is a weighted combination of others (see `combine.COMBINATIONS`).
+
+        options: fields of `combine.Options`. Layers that only some adapters target combine those.
+
+        Raises:
+            ValueError: unknown adapters or options, or adapters that this kind cannot combine; nothing has changed.
+        """
+        if not names or len(names) != len(weights):
+            raise ValueError(f"{len(names)} adapters and {len(weights)} weights: give one weight for each adapter")
+        by_path: dict[str, list[tuple[Adapter, float]]] = {}
+        for name, weight in zip(names, weights, strict=True):
+            for path, adapter in self.adapters(name).items():
+                if adapter.saved_whole:
+                    raise ValueError(f"adapter {name!r} trains {path} whole (modules_to_save): it cannot be combined")
+                by_path.setdefault(path, []).append((adapter, weight))
+        factors = combine(by_path, combination_type, Options(**options))
+        config = lora_config(self.configs[names[0]], {path: b.shape[1] for path, (b, _) in factors.items()})
+        config.target_modules = condense(factors, walk(self.model))
+        self.add(new_name, config, trainable=False, initialise=False)
+        for path, adapter in self.adapters(new_name).items():
+            adapter.set_factors(*factors[path])  # type: ignore[operator]
+
+    # ---------------------------------------------------------------- small things
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def _known(self, name: str) -> str:
+        if name not in self.configs:
+            raise ValueError(f"Adapter {name} not found; this model has {list(self.configs)}")
+        return name
+
+    def _forget_stacks(self) -> None:
+        for layer in self.layers.values():
+            layer.forget()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+
+def _store(new: Tensor, adapter: Adapter, held: dict[str, Any], key: str) -> None:
+    """Put a tensor into an adapter: into the one that is there, or in the place of one that was never allocated."""
+    old = held[key]
+    if not old.is_meta:
+        old.copy_(new)
+        return
+    new = new.to(adapter.site.device, old.dtype, copy=True)  # a copy, since the file may change under a mapped tensor
+    held[key] = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+
+
+def _mismatch(missing: list[str], unexpected: list[str], paths: Iterable[str]) -> str:
+    parts = []
+    if missing:
+        parts.append(f"missing {missing[:3]}{_more(missing, 3)}")
+    if unexpected:
+        modules = [key.rsplit(".lora", 1)[0].rpartition(".")[0] for key in unexpected[:3]]
+        parts.append(f"no place for {unexpected[:3]}{_more(unexpected, 3)}{near(modules, paths)}")
+    return "; ".join(parts)
+
+
+def _more(items: list[str], shown: int = 5) -> str:
+    return f" and {len(items) - shown} more" if len(items) > shown else ""
+
+
+class _Builder:
+    """Builds the adapter of one place, on the right device and in the right dtype."""
+
+    def __init__(self, config: PeftConfig, autocast: bool, initialise: bool):
+        self.config, self.autocast, self.initialise = config, autocast, initialise
+
+    def __call__(self, place: Place, kind: type[Adapter] | None = None) -> Adapter:
+        wrapped = isinstance(place.module, AdaptedLayer)
+        base = place.module.base_layer if wrapped else place.module
+        site: Site = place.module.site if wrapped else (find(type(base)) or Site)(base)  # type: ignore[assignment]
+        if kind is Copied:
+            return Copied(self.config, site, place.path, site.device, site.dtype)
+        dtype = site.dtype if site.dtype.is_floating_point else torch.float32
+        if self.autocast and dtype in HALF:
+            dtype = torch.float32
+        adapter = self.config.build(site, place.path, site.device if self.initialise else META, dtype)
+        if self.initialise:
+            adapter.reset()
+        return adapter

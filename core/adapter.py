@@ -1,0 +1,271 @@
+"""Adapters: functions from a layer to a layer, with two faces that must agree.
+
+The law, which the tests hold every method to at every kind of layer:
+
+    a(x, inner) == site.apply(x, *a.fold(*inner.weights()))
+
+`forward` says how the adapted layer runs and `fold` which weights it is equal to, so merging *is* folding, and
+stacking, saving and blending need no code per method. A method subclasses one of five bases and writes one function:
+
+    Folded.fold        any change of the weights
+    Branch.branch      something added to the output
+    Dense.delta        a matrix added to the weight
+    Factored.factors   a low-rank matrix added to the weight
+    Transform.map      a linear map of the output or input features
+
+Everything trained is a Parameter, everything frozen a buffer, and the names of both are those of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import PeftConfig
+from .errors import NotMergeableError
+from .sites import Site
+
+Slot = tuple[str, dict[str, Any], str]
+"""A saved tensor: its name in the file, the module dict that holds it, its key there."""
+
+
+class Inner(Protocol):
+    """The layer below an adapter."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        """The effective W (out, cols) and b (out,)."""
+        ...
+
+
+def method(config_class: type[PeftConfig]) -> Callable[[type[Adapter]], type[Adapter]]:
+    """Class decorator: register an adapter as the method of `config_class`."""
+
+    def bind(cls: type[Adapter]) -> type[Adapter]:
+        config_class.adapter_class = cls
+        return cls
+
+    return bind
+
+
+class Factor(nn.Module):
+    """A weight, and sometimes a bias, under the names that PEFT's files give them (`lora_A.weight`)."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None):
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", bias)
+
+
+def kaiming_(weight: Tensor) -> Tensor:
+    """What `nn.Linear` starts from: uniform within 1 / sqrt(fan_in)."""
+    return nn.init.kaiming_uniform_(weight, a=5**0.5)
+
+
+class Adapter(nn.Module):
+    """The adapter of one layer.
+
+    Arguments:
+        config: options of the whole adapter, shared by its layers.
+        site: the layer it belongs to.
+        path: dotted path of that layer, for options that differ by layer.
+        device, dtype: where and as what its tensors are allocated; `reset` then initialises them.
+    """
+
+    strength: float = 1.0
+    """How much of the adapter is applied: 0 is the base layer, 1 the adapter as trained."""
+    views: ClassVar[tuple[str, ...]] = ()
+    """Attributes that `AdaptedLayer` shows as dicts by adapter name, as PEFT's layers do."""
+    saved_whole: ClassVar[bool] = False
+    """Whether the adapter is a copy of its module, which no combination or weight merge understands."""
+
+    def __init__(self, config: PeftConfig, site: Site, path: str, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.config, self.site, self._place = config, site, (device, dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its tensors are kept in, whatever the base layer's dtype."""
+        return self._place[1]
+
+    def new(self, *shape: int) -> nn.Parameter:
+        """An uninitialised frozen parameter; trainability is decided elsewhere, in one place."""
+        device, dtype = self._place
+        return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+
+    def reset(self) -> None:
+        """Initialise the tensors, as the config says."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, inner: Inner) -> Tensor:
+        """Output of the adapted layer."""
+        raise NotImplementedError
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """New effective weight (out, cols) and bias (out,); the arguments stay untouched.
+
+        Raises:
+            NotMergeableError: as `check_mergeable`.
+        """
+        raise NotImplementedError
+
+    def check_mergeable(self) -> None:
+        """Raise `NotMergeableError`, with the reason, if no weight is equal to this adapter."""
+        if type(self).fold is Adapter.fold:
+            raise NotMergeableError(f"{type(self).__name__} is not a change of weights, so it cannot be merged")
+
+    def slots(self) -> Iterator[Slot]:
+        """Every saved tensor, with the place that holds it."""
+        for prefix, module in self.named_modules():
+            unsaved = module._non_persistent_buffers_set
+            for held in (module._parameters, module._buffers):
+                for key, tensor in held.items():
+                    if tensor is not None and key not in unsaved:
+                        yield f"{prefix}.{key}" if prefix else key, held, key
+
+
+def materialise(adapter: Adapter, x: Tensor, inner: Inner) -> Tensor:
+    """The law itself: run the layer with the folded weight."""
+    weight, bias = inner.weights()
+    dtype = x.dtype if x.is_floating_point() else weight.dtype
+    weight, bias = adapter.fold(wide(weight), None if bias is None else wide(bias))
+    return adapter.site.apply(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least float32: what weights are computed in, so that only the result is rounded."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class Folded(Adapter):
+    """Base 1: any change of the weights. Write `fold`."""
+
+    forward = materialise
+
+
+class Branch(Adapter):
+    """Base 2: ``y' = y + scaling * branch(x)``. Write `branch`.
+
+    The base's output dtype is the compute dtype: small factors are cast to it, activations never to float32.
+    """
+
+    scaling: float = 1.0
+
+    def branch(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def gain(self) -> float:
+        """What the branch is multiplied by: its scaling times its strength."""
+        return self.scaling * self.strength
+
+    def forward(self, x: Tensor, inner: Inner) -> Tensor:
+        y = inner(x)
+        return torch.add(y, self.branch(cast(x, y.dtype)), alpha=self.gain)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`; indices of an embedding stay as they are."""
+    return x if x.dtype == dtype or not x.is_floating_point() else x.to(dtype)
+
+
+class Dense(Branch):
+    """Base 3: ``W' = W + scaling * delta()``. Write `delta`, (out, cols)."""
+
+    def delta(self) -> Tensor:
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """B (out, k) and A (k, cols) with ``delta() = B A``, where an exact k smaller than the matrix exists."""
+        return None
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return torch.add(weight, self.delta().to(weight.dtype), alpha=self.gain), bias
+
+    def branch(self, x: Tensor) -> Tensor:
+        delta = self.delta()
+        return self.site.apply(x, delta.to(x.dtype) if x.is_floating_point() else delta)
+
+    def row_norms(self, weight: Tensor) -> Tensor:
+        """Norms (out,) of the rows of ``W + gain * delta()``, in float32 at least; for DoRA."""
+        return torch.add(wide(weight), wide(self.delta()), alpha=self.gain).norm(dim=1)
+
+
+class Factored(Dense):
+    """Base 4: ``delta() = B A``, run as two thin products. Write `factors`."""
+
+    dropout: float = 0.0
+    """Probability of zeroing an entry of x in the branch, while training."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def delta(self) -> Tensor:
+        b, a = self.factors()
+        return b @ a
+
+    def forward(self, x: Tensor, inner: Inner) -> Tensor:
+        y = inner(x)
+        b, a = self.factors()
+        if a.dtype != y.dtype:
+            a, b, x = a.to(y.dtype), b.to(y.dtype), cast(x, y.dtype)
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        return self.site.accumulate(y, self.site.reduce(x, a), b, self.gain)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        b, a = self.factors()
+        return torch.addmm(weight, b.to(weight.dtype), a.to(weight.dtype), alpha=self.gain), bias
+
+    def row_norms(self, weight: Tensor) -> Tensor:
+        # |w + s d|^2 = |w|^2 + 2 s (w . d) + s^2 |d|^2 with d = B A, without building a matrix of W's size.
+        b, a = (wide(t) for t in self.factors())
+        weight = wide(weight)
+        dot = ((weight @ a.T) * b).sum(1)
+        square = ((b @ (a @ a.T)) * b).sum(1)
+        return (weight.norm(dim=1).square() + 2 * self.gain * dot + self.gain**2 * square).clamp(min=0).sqrt()
+
+
+class Transform(Adapter):
+    """Base 5: a linear map of the output or input features. Write `map`.
+
+    On the output side ``y' = map(y)``, bias included; on the input side ``y' = op(map(x))``, where the x of a
+    convolution are the unfolded patches of one group.
+    """
+
+    side: str = "output"
+    elementwise: ClassVar[bool] = False
+    """True if the map never mixes features, so that groups do not matter."""
+
+    def map(self, x: Tensor) -> Tensor:
+        """Map the last axis: (..., features) -> (..., features)."""
+        raise NotImplementedError
+
+    def pull(self, weight: Tensor) -> Tensor:
+        """Rows of ``weight`` (out, cols) as seen through an input-side map: ``W M`` where ``map(x) = M x``."""
+        return weight @ self.map(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)).T
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        self.check_mergeable()
+        if self.side == "output":
+            return self.map(weight.T).T, None if bias is None else self.map(bias)
+        return self.pull(weight), bias
+
+    def check_mergeable(self) -> None:
+        super().check_mergeable()
+        if self.side == "output" and self.site.groups > 1 and not self.elementwise:
+            raise NotMergeableError(
+                f"{type(self).__name__} mixes output features across the {self.site.groups} groups of a convolution; "
+                "no grouped weight is equal to it"
+            )
+
+    def forward(self, x: Tensor, inner: Inner) -> Tensor:
+        if self.side == "output":
+            y = inner(x)
+            return self.map(y.movedim(self.site.channel, -1)).movedim(-1, self.site.channel)
+        return inner(self.map(x)) if self.site.pointwise else materialise(self, x, inner)

@@ -1,0 +1,27 @@
+"""The model card of a saved adapter: what the hub needs to find and load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .config import PeftConfig
+from .files import write_text
+
+
+def write_card(directory: Path, config: PeftConfig) -> None:
+    """Write or complete `README.md`: library, base model and tags. What a card says already is kept."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    path, base = directory / "README.md", config.base_model_name_or_path
+    if path.is_file():
+        card = ModelCard.load(path)
+    else:
+        title = f"Adapter for {base}" if base else "Adapter"
+        card = ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n\n# {title}\n")
+    method = str(config.to_dict()["peft_type"]).lower()
+    card.data.library_name = "peft"
+    if base and not Path(base).exists():
+        card.data.base_model = card.data.get("base_model") or base
+    tags = [*(card.data.get("tags") or []), method, *([f"base_model:adapter:{base}"] if base else [])]
+    card.data.tags = list(dict.fromkeys(tags))
+    write_text(path, str(card))

@@ -1,0 +1,256 @@
+"""Adapter configs: dataclasses that go to `adapter_config.json` and come back, under PEFT's field names.
+
+A config describes one adapter for one model. `PeftConfig` holds what every method shares; the methods' own configs
+live beside their mathematics in `tuners/`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum, StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from . import defaults
+from .errors import PeftWarning
+
+if TYPE_CHECKING:
+    import torch
+
+    from .adapter import Adapter
+    from .sites import Site
+
+
+class PeftType(StrEnum):
+    """The methods, by the name that `adapter_config.json` stores."""
+
+    LORA = "LORA"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    IA3 = "IA3"
+    OFT = "OFT"
+
+
+class TaskType(StrEnum):
+    """What the base model is for; decides which heads are trained along (`HEADS`)."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+HEADS: dict[TaskType, tuple[str, ...]] = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+"""Freshly initialised heads per task: an adapter that leaves them untrained would be useless."""
+
+PEFT_FILE_VERSION = "0.21.2"
+"""The release of `peft` whose file format is written."""
+
+
+@dataclass
+class PeftConfig:
+    """Options that every method shares."""
+
+    task_type: TaskType | str | None = None
+    """What the base model is for. Only classification and QA tasks change anything: their head is trained along."""
+    peft_type: PeftType | str | None = None
+    """The method. Each config class sets its own."""
+    auto_mapping: dict | None = None
+    """Class and library of the base model, when no task says how to load it."""
+    peft_version: str | None = None
+    """Version that wrote the file; kept as read."""
+    base_model_name_or_path: str | None = None
+    """Where the base model came from: a directory or a hub id."""
+    revision: str | None = None
+    """Revision of the base model on the hub."""
+    inference_mode: bool = False
+    """True freezes the adapter: it runs, but is not trained."""
+    target_modules: list[str] | set[str] | str | None = None
+    """Which layers get an adapter: dotted suffixes, one regex over whole paths, "all-linear", or None for the default
+    of the model type."""
+    exclude_modules: list[str] | set[str] | str | None = None
+    """Layers left alone although `target_modules` matches them: dotted suffixes or a regex."""
+    modules_to_save: list[str] | None = None
+    """Modules trained and saved whole beside the adapter, such as a new head."""
+
+    adapter_class: ClassVar[type[Adapter]]
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Fields of PEFT's config that this release cannot honour: refused when set, dropped when empty."""
+    ignored: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
+    """Fields of PEFT's config that say nothing about the adapter."""
+
+    def __post_init__(self) -> None:
+        if self.task_type is not None:
+            allowed = [t.value for t in TaskType]
+            if self.task_type not in allowed:
+                raise ValueError(f"task_type={self.task_type!r} is unknown; expected one of {allowed}")
+            self.task_type = TaskType(self.task_type)
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, Iterable) and not isinstance(value, str):
+                setattr(self, name, set(value))
+
+    def complete(self, model_type: str | None) -> None:
+        """Fill in what was left to the defaults of a transformers model type.
+
+        Raises:
+            ValueError: the type has none.
+        """
+        if self.target_modules is None:
+            targets = defaults.targets_for(self.peft_type, model_type)
+            if targets is None:
+                raise ValueError(self._no_default("target_modules", model_type))
+            self.target_modules = targets
+
+    def _no_default(self, name: str, model_type: str | None) -> str:
+        kind = f"models of type {model_type!r}" if model_type else "a model that is not from transformers"
+        return f"Please specify `{name}` in `{type(self).__name__}`: there is no default for {kind}"
+
+    def build(self, site: Site, path: str, device: torch.device, dtype: torch.dtype) -> Adapter:
+        """The adapter of one layer, its tensors allocated but not initialised."""
+        return self.adapter_class(self, site, path, device, dtype)
+
+    # ---------------------------------------------------------------- JSON
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, sets as sorted lists."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `adapter_config.json` into `save_directory`, atomically."""
+        from .files import write_config
+
+        write_config(Path(save_directory), self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PeftConfig:
+        """The config that a JSON object describes, of the class that its `peft_type` names.
+
+        Raises:
+            ValueError: an unknown method, or an option that this release cannot honour.
+        """
+        values = dict(values)
+        config_class = cls if "adapter_class" in vars(cls) else config_class_for(values.get("peft_type"))
+        known = {f.name for f in fields(config_class)}
+        refused = sorted(k for k in config_class.later if values.get(k))
+        if refused:
+            raise ValueError(f"{config_class.__name__}: {', '.join(refused)} cannot be honoured by this release")
+        unknown = sorted(values.keys() - known - config_class.later - config_class.ignored)
+        if unknown:
+            warnings.warn(
+                f"Unexpected keys in the adapter config are ignored: {unknown}. They come from a newer or another "
+                f"library; {config_class.__name__} knows {sorted(known)}",
+                PeftWarning,
+                stacklevel=2,
+            )
+        return config_class(**{k: v for k, v in values.items() if k in known})
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> dict[str, Any]:
+        """The raw values of an `adapter_config.json`."""
+        return json.loads(Path(path).read_text())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **source: Any) -> PeftConfig:
+        """Read the config of an adapter directory or hub id (`subfolder`, `revision`, `token`, `cache_dir`)."""
+        from .files import read_config
+
+        return read_config(pretrained_model_name_or_path, cls=cls, **source)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    return sorted(value) if isinstance(value, (set, frozenset)) else value
+
+
+def compile_pattern(key: str) -> re.Pattern[str]:
+    """A `rank_pattern` key: a regex over a whole dotted suffix, so "foo" is not "barfoo", and "^foo" is top-level."""
+    return re.compile(rf"(.*\.)?({key})$")
+
+
+def lookup(pattern: dict[str, Any], path: str, default: Any) -> Any:
+    """The value of the first key of `pattern` that matches `path`."""
+    for key, value in pattern.items():
+        if compile_pattern(key).match(path):
+            return value
+    return default
+
+
+@dataclass
+class LayeredConfig(PeftConfig):
+    """Adds the choice of layers by their index."""
+
+    layers_to_transform: list[int] | int | None = None
+    """Indices of the layers to adapt, when `target_modules` is a list of suffixes."""
+    layers_pattern: list[str] | str | None = None
+    """Name of the list that holds the layers ("layers", "h"); None accepts any numbered path part."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        by_index = self.layers_to_transform is not None
+        if by_index and isinstance(self.target_modules, str):
+            raise ValueError("layers_to_transform needs target_modules as a list of suffixes; a regex names its layers")
+        if self.layers_pattern and not by_index:
+            raise ValueError("layers_pattern has an effect only with layers_to_transform; set both or neither")
+
+
+@dataclass
+class RankedConfig(LayeredConfig):
+    """Adds ranks: a rank, and patterns that override rank and alpha for some layers."""
+
+    r: int = 8
+    """Rank: the inner dimension of the factors."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Regex over a whole dotted suffix -> rank, for the layers that differ from `r`."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Regex over a whole dotted suffix -> alpha."""
+
+    alpha_field: ClassVar[str] = "alpha"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for rank in (self.r, *self.rank_pattern.values()):
+            if rank <= 0:
+                raise ValueError(f"`r` should be a positive integer value but the value passed is {rank}")
+
+    def rank_and_alpha(self, path: str) -> tuple[int, float]:
+        """Rank and alpha of the layer at `path`, looked up independently."""
+        alpha = getattr(self, self.alpha_field)
+        if self.rank_pattern or self.alpha_pattern:
+            return lookup(self.rank_pattern, path, self.r), lookup(self.alpha_pattern, path, alpha)
+        return self.r, alpha
+
+
+def config_classes() -> dict[PeftType, type[PeftConfig]]:
+    """Every registered method's config class."""
+    from . import tuners
+
+    return tuners.registry()
+
+
+def config_class_for(peft_type: PeftType | str | None) -> type[PeftConfig]:
+    """The config class of a method.
+
+    Raises:
+        ValueError: no such method here.
+    """
+    classes = config_classes()
+    if peft_type not in classes:
+        raise ValueError(f"peft_type={peft_type!r} is no method of this release; known: {[t.value for t in classes]}")
+    return classes[PeftType(peft_type)]
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """The config object that a plain dict with a `peft_type` describes."""
+    return PeftConfig.from_dict(config_dict)

@@ -1,0 +1,29 @@
+"""What can go wrong, as types.
+
+    PeftError
+    ├── NoMatchingPeftModuleError (also a ValueError)   an adapter that would adapt nothing
+    ├── NotMergeableError (also a TypeError)                 a change that no weight can express
+    └── MergedError (also a RuntimeError)               a change of activity while weights are merged
+
+The first two names are those of the ecosystem; warnings of this package are `PeftWarning`s.
+"""
+
+
+class PeftError(Exception):
+    """Base class of this package's own errors."""
+
+
+class NoMatchingPeftModuleError(PeftError, ValueError):
+    """The targets of a config match no module of the model."""
+
+
+class NotMergeableError(PeftError, TypeError):
+    """The adapter is not equal to a change of its layer's weights."""
+
+
+class MergedError(PeftError, RuntimeError):
+    """What is active cannot change while adapters are merged into the base weights."""
+
+
+class PeftWarning(UserWarning):
+    """Something that works, but probably not as the caller meant."""

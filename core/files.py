@@ -1,0 +1,176 @@
+"""Adapter directories: `adapter_config.json` beside `adapter_model.safetensors`, as PEFT writes them.
+
+Writing is atomic: a file appears whole under its name, or not at all. Reading is safetensors only; pickles are refused
+unread, since loading one runs whatever it contains.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import PEFT_FILE_VERSION, PeftConfig
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+PREFIX = "base_model.model."
+"""What PEFT puts before a module's path in its files: the path inside its own wrapper."""
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path in the same directory, renamed to `path` when the block ends well, removed when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would hide the file from other users
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically; tensors that share memory are stored apart."""
+    from safetensors.torch import save_file
+
+    seen: set[int] = set()
+    apart = {}
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        apart[key] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    with atomic(path) as temporary:
+        save_file(apart, temporary, {"format": "pt"} | (metadata or {}))
+
+
+def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: the file is damaged or not a safetensors file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The string metadata in the header of a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def write_config(directory: Path, config: PeftConfig, **changes: Any) -> None:
+    """Write `adapter_config.json`, with some values changed. `peft_version` says whose format it is."""
+    values = config.to_dict() | changes
+    values["peft_version"] = values["peft_version"] or PEFT_FILE_VERSION
+    values = {key: value for key, value in values.items() if key not in _OURS or value}
+    write_text(directory / CONFIG_NAME, json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+_OURS = {"use_dora"}
+"""Options that go beyond PEFT for some methods: left out of files that do not use them, so that PEFT sees none."""
+
+
+def save_adapter(
+    directory: str | Path, config: PeftConfig, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write an adapter directory that `peft` reads. Tensors are named by module path, without prefix."""
+    directory = Path(directory)
+    write_tensors(directory / WEIGHTS_NAME, {PREFIX + key: t for key, t in tensors.items()}, metadata)
+    write_config(directory, config, inference_mode=True)
+
+
+def load_adapter(source: str | Path, **where: Any) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Config and tensors (without prefix) of an adapter directory or hub id.
+
+    where: `subfolder`, and for the hub `revision`, `token`, `cache_dir`.
+
+    Raises:
+        ValueError: no adapter there, or a damaged one.
+    """
+    return read_config(source, **where), read_weights(source, **where)
+
+
+def read_config(source: str | Path, cls: type[PeftConfig] = PeftConfig, **where: Any) -> PeftConfig:
+    """The config of an adapter directory or hub id."""
+    path = find_file(source, CONFIG_NAME, **where)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return cls.from_dict(values)
+
+
+def read_weights(source: str | Path, device: str | torch.device = "cpu", **where: Any) -> dict[str, Tensor]:
+    """The tensors of an adapter directory or hub id, named by module path."""
+    tensors = read_tensors(find_file(source, WEIGHTS_NAME, **where), device)
+    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+
+
+def find_file(source: str | Path, name: str, *, subfolder: str | None = None, **hub: Any) -> Path:
+    """Path of a file of an adapter: in a local directory, else downloaded from the hub.
+
+    Raises:
+        ValueError: it is in neither, with what is there instead.
+    """
+    directory = Path(source, subfolder or "")
+    if (directory / name).is_file():
+        return directory / name
+    if (directory / PICKLE_NAME).is_file() and name == WEIGHTS_NAME:
+        raise ValueError(
+            f"{directory / PICKLE_NAME} is a pickle, which could run any code when loaded; convert it to safetensors "
+            "with the tool that wrote it"
+        )
+    if Path(source).exists():
+        there = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else "no directory"
+        raise ValueError(f"Can't find '{name}' at '{directory}'; found {there}")
+    return _download(str(source), name, subfolder, hub)
+
+
+def _download(repo: str, name: str, subfolder: str | None, hub: dict[str, Any]) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, name, subfolder=subfolder, **hub))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"Can't find '{name}' at '{repo}': it is not a local directory, and the hub says: {error}"
+        ) from error

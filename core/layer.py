@@ -1,0 +1,336 @@
+"""The wrapped layer, and the one object that says what is switched on."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter, Branch, Inner, wide
+from .errors import MergedError
+from .sites import Site, find
+
+if TYPE_CHECKING:
+    from .config import PeftConfig
+    from .train import TrainedBias
+
+Names = tuple[str, ...]
+
+
+class State:
+    """What is switched on: one object per model, shared by all its layers.
+
+    Activity says nothing about gradients; `trainable` says which adapters may have them, and `train.py` turns both
+    into `requires_grad`.
+    """
+
+    def __init__(self) -> None:
+        self.active: Names = ()
+        self.enabled = True
+        self.running: Names = ()
+        """The adapters that forward applies, in order: `active` while enabled."""
+        self.merged: Names = ()
+        self.configs: dict[str, PeftConfig] = {}
+        self.trainable: set[str] = set()
+        self.biases: dict[str, dict[str, TrainedBias]] = {}
+        """Base biases that an adapter trains along, by adapter name."""
+
+    def choose(self, active: Names, enabled: bool = True) -> None:
+        """Run exactly these adapters.
+
+        Raises:
+            MergedError: some are merged into the weights, where no switch reaches them.
+        """
+        if self.merged and (active, enabled) != (self.active, self.enabled):
+            raise MergedError(
+                f"adapters {list(self.merged)} are merged into the base weights: call unmerge_adapter() before "
+                "changing which adapters are active"
+            )
+        self.active, self.enabled = active, enabled
+        self.running = active if enabled else ()
+
+
+class Base:
+    """The innermost layer of a stack."""
+
+    def __init__(self, module: nn.Module, site: Site):
+        self.module, self.site = module, site
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        return self.site.read()
+
+
+class Stacked:
+    """An adapter around the layer below it."""
+
+    def __init__(self, adapter: Adapter, inner: Inner):
+        self.adapter, self.inner = adapter, inner
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.adapter.forward(x, self.inner)
+        strength = self.adapter.strength
+        if strength == 1.0 or isinstance(self.adapter, Branch):  # a branch applies its strength itself, for free
+            return y
+        return torch.lerp(self.inner(x), y, strength)
+
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self.inner.weights()
+        return fold(self.adapter, wide(weight), None if bias is None else wide(bias))
+
+
+def fold(adapter: Adapter, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`adapter.fold` at the adapter's strength."""
+    new_weight, new_bias = adapter.fold(weight, bias)
+    if adapter.strength == 1.0 or isinstance(adapter, Branch):
+        return new_weight, new_bias
+    if new_bias is not None:
+        new_bias = torch.lerp(torch.zeros_like(new_bias) if bias is None else bias, new_bias, adapter.strength)
+    return torch.lerp(weight, new_weight, adapter.strength), new_bias
+
+
+class Kept:
+    """A parameter taken out of its module by a merge, to be put back as the very same bits.
+
+    `keep` says where it waits: "device" holds on to the parameter itself, "cpu" to a copy off the accelerator, "none"
+    to nothing. A parameter that somebody else still holds (a tied weight) is put back itself, which ties it again.
+    """
+
+    def __init__(self, parameter: nn.Parameter, keep: str):
+        self.requires_grad = parameter.requires_grad
+        stays = keep == "device" or (keep == "cpu" and parameter.device.type == "cpu")
+        self.parameter = parameter if stays else None
+        self.elsewhere = weakref.ref(parameter)
+        self.copy = parameter.detach().to("cpu", copy=True) if keep == "cpu" and not stays else None
+
+    def restore(self, like: Tensor) -> nn.Parameter | None:
+        """The original on the device and in the dtype of `like`, or None if nothing was kept."""
+        parameter = self.parameter if self.parameter is not None else self.elsewhere()
+        if parameter is not None and (parameter.device, parameter.dtype) == (like.device, like.dtype):
+            return parameter
+        source = self.copy if parameter is None else parameter
+        return None if source is None else nn.Parameter(source.detach().to(like), requires_grad=self.requires_grad)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"elsewhere": _nothing}
+
+
+def _nothing() -> None:
+    """Stands for a weak reference in a copy or a pickle."""
+
+
+class View(MutableMapping[str, Any]):
+    """One attribute of all adapters of a layer, by adapter name: `layer.lora_A["default"].weight` as in PEFT."""
+
+    def __init__(self, adapters: nn.ModuleDict, attribute: str):
+        self._adapters, self._attribute = adapters, attribute
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self:
+            raise KeyError(name)
+        return getattr(self._adapters[name], self._attribute)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self._adapters[name], self._attribute, value)
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"delete the adapter {name!r} with delete_adapter, not one of its tensors")
+
+    def __iter__(self) -> Iterator[str]:
+        return (n for n, a in self._adapters.items() if getattr(a, self._attribute, None) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return name in set(self)
+
+
+class AdaptedLayer(nn.Module):
+    """A base layer and its adapters. Which of them run is the model's `State`; unknown attributes are the base's.
+
+    A wrapper rather than a class swap, so that hooks installed on the base instance keep working.
+    """
+
+    def __init__(self, base_layer: nn.Module, state: State):
+        super().__init__()
+        self.adapters = nn.ModuleDict()
+        self.base_layer = base_layer
+        self.state = state
+        self.merged_adapters: list[str] = []
+        self._kept: dict[str, Kept | None] = {}
+        self.training = base_layer.training
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "base_layer":  # somebody may replace it later: quantisation, FSDP, dispatch
+            site_class = find(type(value)) or Site
+            self.__dict__.update(site=site_class(value), _stacks={})
+            for adapter in self.adapters.values():
+                adapter.site = self.site
+
+    # ---------------------------------------------------------------- running
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        running = self.state.running
+        stack = self._stacks.get(running)
+        if stack is None:
+            stack = self._compose(running)
+        if len(args) == 1 and not kwargs:
+            return stack(args[0])
+        return self._forward_general(running, args, kwargs)
+
+    def _compose(self, names: Names) -> Callable[..., Any]:
+        """What runs for these adapters, remembered: a call then looks nothing up."""
+        stack = self._stack(names, self.base_layer)
+        self._stacks[names] = stack
+        return stack
+
+    def _stack(self, names: Names, module: Callable[..., Any]) -> Callable[..., Any]:
+        here = [] if self.merged_adapters else [self.adapters[n] for n in names if n in self.adapters]
+        if not here:
+            whole = [self.adapters[n] for n in names if n in self.adapters and self.adapters[n].saved_whole]
+            return whole[-1].module if whole else module
+        if here[-1].saved_whole:
+            return here[-1].module
+        stack: Inner = Base(module, self.site)  # type: ignore[arg-type]
+        for adapter in here:
+            stack = Stacked(adapter, stack)
+        return stack
+
+    def _forward_general(self, running: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called by keyword, or with arguments meant for the base layer."""
+        stack = self._stacks[running]
+        if not isinstance(stack, Stacked):
+            return stack(*args, **kwargs)
+        if args:
+            x, extra = args[0], args[1:]
+            return self._stack(running, lambda x: self.base_layer(x, *extra, **kwargs))(x)
+        name = "input" if "input" in kwargs else next(iter(kwargs))
+        x = kwargs.pop(name)
+        return self._stack(running, lambda x: self.base_layer(**{name: x}, **kwargs))(x)
+
+    def forget(self) -> None:
+        """Drop the remembered stacks, after adapters came, went or merged."""
+        self._stacks.clear()
+
+    # ---------------------------------------------------------------- merging
+
+    @torch.no_grad()
+    def folded(self, names: Names) -> tuple[Tensor, Tensor | None]:
+        """W (out, cols) and b (out,) with these adapters and those merged before, at least float32.
+
+        They start from the original weight, so that merging one by one equals merging at once.
+        """
+        originals = self._originals()
+        stored = self.site.module._parameters | (originals or {})
+        weight, bias = self.site.to_matrix(stored["weight"]), stored.get("bias")  # type: ignore[attr-defined]
+        weight, bias = wide(weight), None if bias is None else wide(bias)
+        for name in names if originals is None else [*self.merged_adapters, *names]:
+            weight, bias = fold(self.adapters[name], weight, bias)
+        return weight, bias
+
+    def to_merge(self, names: Names) -> Names:
+        """Those of `names` that have a weight to merge here and are not merged yet."""
+        here = (n for n in names if n in self.adapters and n not in self.merged_adapters)
+        return tuple(n for n in here if not self.adapters[n].saved_whole)
+
+    def merge(self, names: Names, keep: str = "cpu") -> None:
+        """Fold adapters into the base weight, rounding once; `keep` says where the original waits (see `Kept`)."""
+        new = self.to_merge(names)
+        if not new:
+            return
+        weight, bias = self.folded(new)
+        parameters = self.site.module._parameters
+        old, old_bias = parameters["weight"], parameters.get("bias")
+        self._put("weight", self.site.from_matrix(weight.to(old.dtype)), keep)  # type: ignore[attr-defined, union-attr]
+        if bias is not None and (old_bias is None or not torch.equal(bias, wide(old_bias))):
+            self._put("bias", bias.to(old.dtype), keep)  # type: ignore[union-attr]
+        self.merged_adapters.extend(new)
+        self.forget()
+
+    def unmerge(self) -> None:
+        """Put the original weights back, bit for bit.
+
+        Raises:
+            MergedError: they were merged with `keep_original="none"`.
+        """
+        originals = self._originals()
+        if originals is None:
+            raise MergedError(
+                "the original weights were not kept: merge with keep_original='cpu' or 'device' to unmerge later"
+            )
+        self.site.module._parameters.update(originals)
+        self._kept.clear()
+        self.merged_adapters.clear()
+        self.forget()
+
+    def _originals(self) -> dict[str, nn.Parameter | None] | None:
+        """The parameters before the first merge ({} without one), or None if they were not kept."""
+        parameters = self.site.module._parameters
+        found = {name: kept and kept.restore(parameters[name]) for name, kept in self._kept.items()}
+        return None if any(kept and found[name] is None for name, kept in self._kept.items()) else found
+
+    def _put(self, name: str, tensor: Tensor, keep: str) -> None:
+        parameters = self.site.module._parameters
+        old = parameters.get(name)
+        if name not in self._kept:
+            self._kept[name] = None if old is None else Kept(old, keep)
+        parameters[name] = nn.Parameter(tensor, requires_grad=old is not None and old.requires_grad)
+
+    def replacement(self) -> nn.Module:
+        """The plain module that stands for this layer once its adapters are merged."""
+        whole = [self.adapters[n] for n in self.state.running if n in self.adapters]
+        return whole[-1].module if whole and whole[-1].saved_whole else self.base_layer  # type: ignore[return-value]
+
+    # ---------------------------------------------------------------- PEFT's face
+
+    def get_base_layer(self) -> nn.Module:
+        """The layer without adapters."""
+        return self.base_layer
+
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter is folded into the base weight now."""
+        return bool(self.merged_adapters)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters of the model; for a module saved whole, those that have a copy of it."""
+        if any(a.saved_whole for a in self.adapters.values()):
+            return [n for n in self.state.active if n in self.adapters]
+        return list(self.state.active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return self.active_adapters
+
+    @property
+    def disable_adapters(self) -> bool:
+        return not self.state.enabled
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            pass
+        modules = self.__dict__.get("_modules", {})
+        if "base_layer" not in modules:
+            raise AttributeError(name)
+        if any(name in a.views for a in modules["adapters"].values()):
+            return View(modules["adapters"], name)
+        return getattr(self.replacement(), name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_stacks": {}}
+
+
+def set_strength(adapters: list[Adapter], strength: float) -> None:
+    """Apply adapters at a fraction (or multiple) of what they were trained to."""
+    for adapter in adapters:
+        adapter.strength = strength

@@ -1,0 +1,404 @@
+"""`PeftModel`: the user's handle, with PEFT's names and semantics over `AdaptedModel`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapted import AdaptedModel, LoadResult
+from .card import write_card
+from .config import HEADS, PeftConfig, TaskType
+from .errors import PeftWarning
+from .files import PREFIX, load_adapter, read_config, read_weights, save_adapter
+from .layer import AdaptedLayer
+
+
+class PeftModel(nn.Module):
+    """A base model with one or more adapters.
+
+    The layers of `model` are wrapped in place. `peft_model.base_model.model` is the base model itself; anything this
+    class does not define is the base model's (`generate`, `config`, `device`, ...).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        **_ignored: Any,
+    ):
+        super().__init__()
+        self.base_model = AdaptedModel(model)
+        self.autocast_adapter_dtype = autocast_adapter_dtype
+        self.add_adapter(adapter_name, peft_config)
+        self.training = model.training
+        if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()  # a frozen embedding would cut re-entrant checkpoints off the graph
+
+    # ---------------------------------------------------------------- loading and saving
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        **where: Any,
+    ) -> PeftModel:
+        """A model with the adapter of a directory or hub id, frozen and in evaluation mode unless `is_trainable`.
+
+        where: `subfolder`, `revision`, `token`, `cache_dir`; `torch_device` for the read. Other options of PEFT that
+        tune how it loads are accepted and not needed.
+        """
+        where = _where(where)
+        config = config or read_config(model_id, **where)
+        tensors = read_weights(model_id, **where)
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.base_model = AdaptedModel(model)
+        self.autocast_adapter_dtype = autocast_adapter_dtype
+        self._load(adapter_name, config, tensors, is_trainable)
+        return self
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool | None = None,
+        **where: Any,
+    ) -> LoadResult:
+        """Load a further adapter beside those that are there. It becomes active only if none was.
+
+        Raises:
+            ValueError: no such adapter, or one that does not fit; nothing has changed then.
+        """
+        config, tensors = load_adapter(model_id, **_where(where))
+        return self._load(adapter_name, config, tensors, is_trainable, autocast_adapter_dtype)
+
+    def _load(
+        self,
+        name: str,
+        config: PeftConfig,
+        tensors: dict[str, Tensor],
+        trainable: bool,
+        autocast: bool | None = None,
+    ) -> LoadResult:
+        config.inference_mode = not trainable
+        result = self.base_model.load(
+            name,
+            config,
+            tensors,
+            trainable=trainable,
+            autocast_adapter_dtype=self.autocast_adapter_dtype if autocast is None else autocast,
+            strict=False,
+        )
+        if result.unexpected_keys:
+            self.base_model.delete(name)
+            raise ValueError(
+                f"adapter {name!r}: no place for {len(result.unexpected_keys)} tensors, {result.unexpected_keys[:3]}: "
+                "they name layers that this model does not have, or that the config does not target"
+            )
+        if result.missing_keys:
+            keys = [f"{PREFIX}{k}" for k in result.missing_keys]
+            warnings.warn(
+                f"Found missing adapter keys while loading the checkpoint: {keys}.", PeftWarning, stacklevel=3
+            )
+        if not trainable:
+            self.eval()
+        return result
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        is_main_process: bool = True,
+        **_ignored: Any,
+    ) -> None:
+        """Write the adapters as `peft` reads them: "default" into the directory, others into folders of their name."""
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write a pickle; adapters are written as safetensors only")
+        if Path(save_directory).is_file():
+            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        unknown = set(names) - set(self.peft_config)
+        if unknown:
+            raise ValueError(f"selected_adapters {sorted(unknown)} are not among {list(self.peft_config)}")
+        if not is_main_process:
+            return
+        write_card(Path(save_directory), self.peft_config[names[0]])
+        for name in names:
+            directory = Path(save_directory) if name == "default" else Path(save_directory, name)
+            config = self.peft_config[name]
+            if config.base_model_name_or_path is None:
+                config.base_model_name_or_path = getattr(self.get_base_model(), "name_or_path", None)
+            save_adapter(directory, config, self.base_model.tensors(name))
+
+    # ---------------------------------------------------------------- adapters
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The config of every adapter, by name."""
+        return self.base_model.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters, in the order in which they run."""
+        return list(self.base_model.state.active)
+
+    @property
+    def active_adapter(self) -> str:
+        """The first active adapter."""
+        return self.active_adapters[0]
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def peft_type(self) -> Any:
+        return self.active_peft_config.peft_type
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, **_ignored: Any) -> None:
+        """Add a fresh adapter, of any method; it becomes active only if none was."""
+        _train_head(peft_config, self.get_base_model())
+        self.base_model.add(adapter_name, peft_config, autocast_adapter_dtype=self.autocast_adapter_dtype)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one adapter or several, in this order. Frozen ones stay frozen; `inference_mode` freezes them."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        self.base_model.activate(*names)
+        if inference_mode:
+            self.base_model.set_trainable(names, False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was active, the next one becomes active."""
+        self.base_model.delete(adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Say which adapters may be trained; they are while they are active."""
+        self.base_model.set_trainable(adapter_names, requires_grad)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model inside; the state before is restored afterwards."""
+        with self.base_model.disabled():
+            yield
+
+    def disable_adapter_layers(self) -> None:
+        self.base_model.enable(False)
+
+    def enable_adapter_layers(self) -> None:
+        self.base_model.enable(True)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter that is a weighted combination of others: "cat", "linear", "svd" or "ties".
+
+        `svd_full_matrices` and `svd_driver` are PEFT's ways to tune a dense SVD; none is computed here. A name that
+        exists already is left as it is, as in PEFT.
+        """
+        if adapter_name in self.peft_config:
+            return
+        self.base_model.combine(
+            adapters,
+            weights,
+            adapter_name,
+            combination_type,
+            svd_rank=svd_rank,
+            svd_clamp=svd_clamp,
+            density=density,
+            majority_sign_method=majority_sign_method,
+        )
+
+    # ---------------------------------------------------------------- merging
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, keep_original: str = "cpu"
+    ) -> None:
+        """Fold adapters (None: the active ones) into the base weights; `unmerge_adapter` undoes it bit for bit."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        merged = [n for n in names if n in self.base_model.state.merged]
+        if merged:
+            warnings.warn(f"Already merged: {', '.join(merged)}. Nothing to do for them.", PeftWarning, stacklevel=2)
+        self.base_model.merge(names, safe_merge, keep_original)
+
+    def unmerge_adapter(self) -> None:
+        """Put the original weights back, bit for bit."""
+        if not self.base_model.state.merged:
+            warnings.warn("Already unmerged. Nothing to do.", PeftWarning, stacklevel=2)
+        self.base_model.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base model with adapters folded in, and no trace of them left."""
+        if adapter_names is not None and tuple(adapter_names) != self.base_model.state.active:
+            self.base_model.activate(*adapter_names)
+        return self.base_model.detach(merge=True, safe_merge=safe_merge, progressbar=progressbar)
+
+    def unload(self) -> nn.Module:
+        """The base model with its original modules, and no trace of adapters left."""
+        return self.base_model.detach()
+
+    # ---------------------------------------------------------------- the model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model(*args, **kwargs)
+
+    def get_base_model(self) -> nn.Module:
+        """The base model; its targeted layers are wrapped."""
+        return self.base_model.model
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Trainable parameters, and all."""
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how much of the model is trained."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+
+def _where(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that say where an adapter is, under the names of `files`."""
+    found = {k: options.get(k) for k in ("subfolder", "revision", "token", "cache_dir", "force_download")}
+    return {k: v for k, v in found.items() if v is not None}
+
+
+def _train_head(config: PeftConfig, model: nn.Module) -> None:
+    """Classification and QA heads are new: an adapter for such a task trains them whole."""
+    heads = HEADS.get(config.task_type, ()) if isinstance(config.task_type, TaskType) else ()
+    if heads:
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    **_ignored: Any,
+) -> PeftModel:
+    """Wrap `model` with a fresh, trainable adapter and freeze everything else.
+
+    `mixed` is accepted for PEFT's sake: adapters of different methods may always share a model here.
+
+    Example:
+        >>> from torch import nn
+        >>> from veneer import LoraConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"]))
+        >>> model.print_trainable_parameters()
+        trainable params: 32 || all params: 104 || trainable%: 30.7692
+    """
+    peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
+    if revision is not None:
+        peft_config.revision = revision
+    if peft_config.task_type is None and peft_config.auto_mapping is None:
+        peft_config.auto_mapping = {
+            "base_model_class": type(model).__name__,
+            "parent_library": type(model).__module__,
+        }
+    return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig, model: nn.Module, adapter_name: str = "default", **_ignored: Any
+) -> nn.Module:
+    """Attach a fresh adapter to `model` in place, and return the model itself rather than a `PeftModel`."""
+    AdaptedModel(model).add(adapter_name, peft_config)
+    return model
+
+
+def handle_of(model: nn.Module) -> AdaptedModel:
+    """The adapters of a `PeftModel`, an `AdaptedModel` or a model that was injected into.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if isinstance(model, PeftModel):
+        return model.base_model
+    if isinstance(model, AdaptedModel):
+        return model
+    if not any(isinstance(m, AdaptedLayer) for m in model.modules()):
+        raise ValueError(f"this {type(model).__name__} has no adapters")
+    return AdaptedModel(model)
+
+
+def get_peft_model_state_dict(
+    model: nn.Module, state_dict: dict[str, Tensor] | None = None, adapter_name: str = "default", **_ignored: Any
+) -> dict[str, Tensor]:
+    """The tensors of one adapter under the names of its file.
+
+    With PEFT's prefix for a `PeftModel`, without for a model that was injected into. A `state_dict` of the whole model
+    is taken for the values where one is given (gathered shards, for example).
+    """
+    prefix = PREFIX if isinstance(model, PeftModel) else ""
+    handle = handle_of(model)
+    if state_dict is None:
+        return {prefix + key: tensor for key, tensor in handle.tensors(adapter_name).items()}
+    found = {}
+    for path, adapter in handle.adapters(adapter_name).items():
+        inside = {id(t): k for k, t in adapter.state_dict(keep_vars=True).items()}
+        for key, held, k in adapter.slots():
+            found[f"{prefix}{path}.{key}"] = state_dict[f"{prefix}{path}.adapters.{adapter_name}.{inside[id(held[k])]}"]
+    return found
+
+
+def set_peft_model_state_dict(
+    model: nn.Module, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default", **_ignored: Any
+) -> LoadResult:
+    """Overwrite one adapter's tensors; the given dict stays as it is. Returns missing and unexpected keys."""
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in peft_model_state_dict.items()}
+    return handle_of(model).assign(adapter_name, tensors, strict=False)
+
+
+def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+    """Activate adapters of a model that was injected into."""
+    handle, names = handle_of(model), [adapter_name] if isinstance(adapter_name, str) else adapter_name
+    handle.activate(*names)
+    if inference_mode:
+        handle.set_trainable(names, False)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter of a model that was injected into."""
+    handle_of(model).delete(adapter_name)
+
+
+def load_peft_weights(model_id: str | Path, device: str | torch.device = "cpu", **where: Any) -> dict[str, Tensor]:
+    """The tensors of an adapter directory or hub id, under the names of its file."""
+    return {PREFIX + key: tensor for key, tensor in read_weights(model_id, device, **_where(where)).items()}

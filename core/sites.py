@@ -1,0 +1,220 @@
+"""Sites: a layer seen as ``y = op(x; W, b)``, with ``W`` always a matrix of shape (out, cols).
+
+One class per *layer kind*, none per method. ``cols`` is input features times kernel size, so a convolution, an
+embedding and GPT-2's transposed linear all look like one matrix to the methods. Sites are looked up by the qualified
+class name over the MRO, so that a kind of an optional library needs no import of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_SITES: dict[str, type[Site]] = {}
+_REFUSED = {
+    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": "nn.MultiheadAttention reads this layer's weight "
+    "without calling it, so an adapter here would never run",
+}
+
+
+def register(*class_names: str) -> Callable[[type[Site]], type[Site]]:
+    """Class decorator: this site describes modules of these qualified class names (and of their subclasses)."""
+
+    def add(cls: type[Site]) -> type[Site]:
+        _SITES.update(dict.fromkeys(class_names, cls))
+        return cls
+
+    return add
+
+
+def find(module_type: type[nn.Module]) -> type[Site] | None:
+    """The site class for a module class, or None if its kind is not adaptable."""
+    for cls in module_type.__mro__:
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        if name in _REFUSED:
+            return None
+        if name in _SITES:
+            return _SITES[name]
+    return None
+
+
+def why_not(module: nn.Module) -> str:
+    """One sentence on why `module` cannot be adapted."""
+    for cls in type(module).__mro__:
+        if reason := _REFUSED.get(f"{cls.__module__}.{cls.__qualname__}"):
+            return reason
+    return f"supported kinds are {sorted({s.__name__ for s in _SITES.values()})}"
+
+
+class Site:
+    """Any module: it can be called and copied, but its weight cannot be read. Base class of the real sites."""
+
+    pointwise = False
+    """Whether ``y[..., j] = sum_i W[j, i] x[..., i]``: then a map of W's columns is a map of x."""
+    channel = -1
+    """Axis of the output features in y."""
+    groups = 1
+    """Output features of different groups see different inputs."""
+    kernel: tuple[int, ...] = ()
+    """Kernel size of a convolution."""
+    all_linear = False
+    """Whether `target_modules="all-linear"` means this kind."""
+    out = cols = 0
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    @property
+    def kernel_ones(self) -> tuple[int, ...]:
+        """The shape of a 1x1 kernel: what an (out,) or (out, r) tensor needs to become one."""
+        return (1,) * len(self.kernel)
+
+    @property
+    def channels(self) -> int:
+        """Input features that one output feature sees."""
+        return self.cols // prod(self.kernel)
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """W (out, cols) and b (out,) or None: views of the stored tensors where possible, not to be written to."""
+        raise TypeError(f"{type(self.module).__name__} has no weight that can be read: {why_not(self.module)}")
+
+    @property
+    def device(self) -> torch.device:
+        return self._any_tensor().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._any_tensor().dtype
+
+    def _any_tensor(self) -> Tensor:
+        weight = getattr(self.module, "weight", None)
+        return weight if isinstance(weight, Tensor) else next(self.module.parameters())
+
+
+@register("torch.nn.modules.linear.Linear")
+class Linear(Site):
+    """``y = x W^T + b`` over the last axis."""
+
+    pointwise = True
+    all_linear = True
+
+    def __init__(self, module: nn.Module):
+        super().__init__(module)
+        self.out, self.cols = self.to_matrix(module.weight).shape
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """Stored weight -> (out, cols)."""
+        return weight
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """(out, cols) -> the stored layout, contiguous as safetensors wants it."""
+        return matrix.contiguous()
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        return self.to_matrix(self.module.weight), getattr(self.module, "bias", None)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's operation with another weight (out, cols)."""
+        return F.linear(x, weight, bias)
+
+    def reduce(self, x: Tensor, a: Tensor) -> Tensor:
+        """First half of a factored weight ``W = B A``: x times A (r, cols)."""
+        return F.linear(x, a)
+
+    def expand(self, h: Tensor, b: Tensor) -> Tensor:
+        """Second half: h, which `reduce` made, times B (out, r)."""
+        return F.linear(h, b)
+
+    def accumulate(self, y: Tensor, h: Tensor, b: Tensor, scale: float) -> Tensor:
+        """y + scale * expand(h, b), in one kernel."""
+        if y.ndim == 1:
+            return torch.add(y, self.expand(h, b), alpha=scale)
+        rows = torch.addmm(y.reshape(-1, self.out), h.reshape(-1, b.shape[1]), b.T, alpha=scale)
+        return rows.view(y.shape)
+
+    def along_output(self, vector: Tensor) -> Tensor:
+        """A vector (out,) shaped to broadcast over y."""
+        return vector
+
+
+@register("transformers.pytorch_utils.Conv1D")
+class TransposedLinear(Linear):
+    """GPT-2's linear layer, which stores its weight as (in, out)."""
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.T.contiguous()
+
+
+@register("torch.nn.modules.sparse.Embedding")
+class Embedding(TransposedLinear):
+    """A look-up is a product with one-hot rows: out = embedding_dim, cols = num_embeddings."""
+
+    pointwise = False
+    all_linear = False
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        m = self.module
+        return self._scaled(F.embedding(x, weight.T, m.padding_idx, m.max_norm, m.norm_type))
+
+    def reduce(self, x: Tensor, a: Tensor) -> Tensor:
+        return self._scaled(F.embedding(x, a.T))
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        # Some transformers models (Bart, Gemma) multiply what they look up.
+        scale = getattr(self.module, "embed_scale", None)
+        return y if scale is None else y * scale
+
+
+@register(*(f"torch.nn.modules.conv.Conv{d}d" for d in (1, 2, 3)))
+class Conv(Linear):
+    """Convolutions of one to three dimensions: cols = in_channels / groups * prod(kernel)."""
+
+    pointwise = False
+    all_linear = False
+    channel = 1
+
+    def __init__(self, module: nn.Module):
+        super().__init__(module)
+        self.groups: int = module.groups
+        self.kernel = tuple(module.kernel_size)
+        self.op = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return self.to_kernel(matrix).contiguous()
+
+    def to_kernel(self, matrix: Tensor) -> Tensor:
+        """(rows, channels * prod(kernel)) -> (rows, channels, *kernel)."""
+        return matrix.reshape(matrix.shape[0], -1, *self.kernel)
+
+    def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """The module's stride, padding, padding mode and dilation with another kernel."""
+        m, padding = self.module, self.module.padding
+        if m.padding_mode != "zeros":
+            x, padding = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode), 0
+        return self.op(x, kernel, bias, m.stride, padding, m.dilation, groups)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.convolve(x, self.to_kernel(weight), bias, self.groups)
+
+    def reduce(self, x: Tensor, a: Tensor) -> Tensor:
+        # Every group applies the same (r, cols) kernel to its own channels, so B A stays a grouped weight.
+        return self.convolve(x, self.to_kernel(a.repeat(self.groups, 1) if self.groups > 1 else a), None, self.groups)
+
+    def expand(self, h: Tensor, b: Tensor) -> Tensor:
+        return self.op(h, b.reshape(*b.shape, *self.kernel_ones), groups=self.groups)
+
+    def accumulate(self, y: Tensor, h: Tensor, b: Tensor, scale: float) -> Tensor:
+        return torch.add(y, self.expand(h, b), alpha=scale)
+
+    def along_output(self, vector: Tensor) -> Tensor:
+        return vector.reshape(-1, *self.kernel_ones)

@@ -1,0 +1,89 @@
+"""Trainability: the one home of `requires_grad`.
+
+An adapter's parameters require grad when it is trainable *and* running. Which adapters are trainable is a fact of the
+model's `State`, set when an adapter is added or loaded, or by `set_requires_grad`; switching adapters never changes it.
+Only parameters of adapters whose outcome changes are touched, so flags set by hand elsewhere stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .layer import AdaptedLayer, State
+from .targets import walk
+
+ParameterDicts = list[dict[str, Any]]
+"""The dicts of modules that hold an adapter's parameters: they outlive the parameters, which loading replaces."""
+
+
+def parameter_dicts(layers: Iterable[AdaptedLayer], name: str) -> ParameterDicts:
+    """Where the parameters of adapter `name` live."""
+    adapters = (layer.adapters[name] for layer in layers if name in layer.adapters)
+    return [m._parameters for adapter in adapters for m in adapter.modules() if m._parameters]
+
+
+def learning(state: State) -> set[str]:
+    """The adapters whose parameters require grad."""
+    return state.trainable.intersection(state.running)
+
+
+class Trainability:
+    """Keeps `requires_grad` in step with a `State`."""
+
+    def __init__(self, state: State):
+        self.state = state
+        self.held: dict[str, ParameterDicts] = {}
+
+    def track(self, name: str, held: ParameterDicts) -> None:
+        """Take charge of an adapter's parameters, which are frozen until it learns."""
+        self.held[name] = held
+        self._set([name], name in learning(self.state))
+
+    @contextmanager
+    def change(self):
+        """Around any change of the state: afterwards, adapters whose outcome differs get it."""
+        before = learning(self.state)
+        yield
+        after = learning(self.state)
+        self._set(before - after, False)
+        self._set(after - before, True)
+
+    def _set(self, names: Iterable[str], flag: bool) -> None:
+        for name in names:
+            for parameters in self.held.get(name, ()):
+                for parameter in parameters.values():
+                    if parameter is not None and parameter.is_floating_point():
+                        parameter.requires_grad = flag
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """The parameters of one adapter."""
+        return [p for held in self.held[name] for p in held.values() if p is not None]
+
+
+class TrainedBias:
+    """A bias of the base model that an adapter trains along, and what it was before."""
+
+    def __init__(self, parameter: nn.Parameter):
+        self.parameter, self.original = parameter, parameter.detach().clone()
+
+    def restore(self) -> None:
+        """Undo the training."""
+        self.parameter.requires_grad = False
+        self.parameter.data.copy_(self.original)
+
+
+def trained_biases(model: nn.Module, layers: dict[str, AdaptedLayer], kind: str) -> dict[str, TrainedBias]:
+    """The base biases that are trained along, under their names in PEFT's files.
+
+    kind: "all" for every bias of the model, "lora_only" (or "oft_only") for those of the adapted layers.
+    """
+    modules = {f"{path}.base_layer": layer.base_layer for path, layer in layers.items()}
+    if kind == "all":
+        modules |= {path: p.module for path, p in walk(model).items() if not isinstance(p.module, AdaptedLayer)}
+    return {
+        f"{path}.bias": TrainedBias(b) for path, m in modules.items() if (b := m._parameters.get("bias")) is not None
+    }

@@ -1,0 +1,28 @@
+"""Modules trained whole (`modules_to_save`): the adapter is a private copy of its module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+
+import torch
+
+from ..adapter import Adapter, Slot
+from ..config import PeftConfig
+from ..sites import Site
+
+
+class Copied(Adapter):
+    """Runs in place of its module. Stored under the plain names of the module's own tensors."""
+
+    saved_whole = True
+
+    def __init__(self, config: PeftConfig, site: Site, path: str, device: torch.device, dtype: torch.dtype):
+        super().__init__(config, site, path, device, dtype)
+        self.module = deepcopy(site.module).requires_grad_(False)
+
+    def reset(self) -> None:
+        """It starts as its module."""
+
+    def slots(self) -> Iterator[Slot]:
+        return ((name.removeprefix("module."), held, key) for name, held, key in super().slots())

@@ -1,0 +1,104 @@
+r"""DoRA (Liu et al. 2024, arXiv:2402.09353): $W' = m \odot V / \lVert V \rVert$ by rows, with $V = W + \Delta W$.
+
+The direction is moved by any additive adapter (LoRA, LoHa, LoKr, ...), the magnitude m (out,) is trained beside it. As
+section 4.3 of the paper suggests, the norm is a constant in the backward pass. Nothing of W's size is built for a
+low-rank direction, and the base layer runs once: ``y' = g (y - b + branch(x)) + b`` with ``g = m / |V|``. So dropout
+acts on the branch alone, where PEFT applies it to the base product too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter, Dense, Inner, Slot, wide
+from ..config import PeftConfig
+from ..sites import Embedding, Site
+
+
+@dataclass
+class OptionalDora(PeftConfig):
+    """The switch that turns a delta method into its weight-decomposed form."""
+
+    use_dora: bool = False
+    """Train magnitude and direction of each row of the weight apart (DoRA)."""
+
+    def build(self, site: Site, path: str, device: torch.device, dtype: torch.dtype) -> Adapter:
+        adapter = super().build(site, path, device, dtype)
+        return DoRA(adapter) if self.use_dora else adapter  # type: ignore[arg-type]
+
+
+class DoRA(Adapter):
+    """A delta adapter with the norms of the rows taken out and trained apart."""
+
+    def __init__(self, direction: Dense):
+        super().__init__(direction.config, direction.site, "", *direction._place)
+        self.direction = direction
+        self.views = (*direction.views, "lora_magnitude_vector")
+        site = self.site
+        self.shape = (site.out,) if isinstance(site, Embedding) or not site.kernel else (1, site.out, *site.kernel_ones)
+        self.lora_magnitude_vector = self.new(*self.shape)
+
+    @property
+    def scaling(self) -> float:
+        """The direction's scale."""
+        return self.direction.scaling
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        self.direction.scaling = value
+
+    def reset(self) -> None:
+        self.direction.reset()
+        with torch.no_grad():
+            norms = self.direction.row_norms(self.site.read()[0])
+        self.lora_magnitude_vector.data.copy_(norms.view(self.shape))
+
+    def row_gain(self, weight: Tensor) -> Tensor:
+        """m / |V|, (out,)."""
+        with torch.no_grad():
+            norms = self.direction.row_norms(weight)
+        return wide(self.lora_magnitude_vector).flatten() / norms
+
+    def forward(self, x: Tensor, inner: Inner) -> Tensor:
+        y = inner(x)
+        weight, bias = inner.weights()
+        along = self.site.along_output
+        gain = along(self.row_gain(weight).to(y.dtype))
+        if bias is None:
+            return gain * self.direction.forward(x, _Given(y))
+        bias = along(bias.to(y.dtype))
+        return torch.addcmul(bias, gain, self.direction.forward(x, _Given(y - bias)))
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        gain = self.row_gain(weight).to(weight.dtype)
+        moved, extra = self.direction.fold(weight, None)
+        if extra is not None:
+            bias = extra * gain if bias is None else bias + extra * gain
+        return gain[:, None] * moved, bias
+
+    def slots(self) -> Iterator[Slot]:
+        """The direction's tensors keep their own names, as in PEFT's files."""
+        return ((name.removeprefix("direction."), held, key) for name, held, key in super().slots())
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "direction" in self.__dict__.get("_modules", {}):
+                return getattr(self._modules["direction"], name)
+            raise
+
+
+class _Given:
+    """A layer whose output is known already."""
+
+    def __init__(self, y: Tensor):
+        self.y = y
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.y

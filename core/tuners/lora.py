@@ -1,0 +1,151 @@
+r"""LoRA (Hu et al. 2021, arXiv:2106.09685): $W' = W + \frac{\alpha}{r} B A$.
+
+B (out, r) and A (r, cols) are the only trained tensors. With `use_rslora` the scale is $\alpha / \sqrt r$
+(Kalajdzievski 2023, arXiv:2312.03732), which keeps the size of updates independent of the rank.
+
+In a grouped convolution every group applies the same A to its own channels, so B A is a grouped kernel and merges.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from math import sqrt
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Factor, Factored, Inner, kaiming_, method
+from ..config import PeftConfig, PeftType, RankedConfig
+from ..sites import Embedding, Site
+from .dora import OptionalDora
+
+
+@dataclass
+class LoraConfig(OptionalDora, RankedConfig):
+    """Options of LoRA; names and defaults are PEFT's."""
+
+    peft_type: PeftType | str | None = PeftType.LORA
+    lora_alpha: float = 8
+    """Numerator of the scale; alpha = r leaves the product B A as it is."""
+    lora_dropout: float = 0.0
+    """Probability of dropping an entry of the branch's input in training; not applied to embeddings."""
+    fan_in_fan_out: bool = False
+    """Kept for PEFT's files; the layer's class already tells how its weight is stored."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases of the base model are trained along."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) rather than alpha / r."""
+    init_lora_weights: bool | Literal["gaussian"] = True
+    """True: Kaiming-uniform A and zero B; "gaussian": normal A of deviation 1 / r and zero B; False: both random, so
+    that the adapter starts as something else than the identity (for tests)."""
+    lora_bias: bool = False
+    """Add a trained bias to B."""
+
+    alpha_field: ClassVar[str] = "lora_alpha"
+    later: ClassVar[frozenset[str]] = frozenset(
+        {
+            "alora_invocation_tokens", "arrow_config", "corda_config", "ensure_weight_tying", "eva_config",
+            "kasa_config", "layer_replication", "loftq_config", "lora_ga_config", "megatron_config",
+            "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
+            "velora_config",
+        }
+    )  # fmt: skip
+    ignored: ClassVar[frozenset[str]] = frozenset({"runtime_config", "megatron_core", "qalora_group_size"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"bias={self.bias!r} is unknown; expected 'none', 'all' or 'lora_only'")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} is unknown; expected True, False or 'gaussian'"
+            )
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout} is not a probability below 1")
+
+
+def lora_config(like: PeftConfig, ranks: dict[str, int]) -> LoraConfig:
+    """A config for plain LoRA factors of scale 1, with these ranks by layer path, for the model of `like`."""
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    others = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != common}
+    return LoraConfig(
+        task_type=like.task_type,
+        auto_mapping=like.auto_mapping,
+        base_model_name_or_path=like.base_model_name_or_path,
+        revision=like.revision,
+        target_modules=set(ranks),
+        r=common,
+        lora_alpha=common,
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+    )
+
+
+@method(LoraConfig)
+class LoRA(Factored):
+    views = (
+        "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "scaling", "r", "lora_alpha", "lora_dropout",
+    )  # fmt: skip
+
+    def __init__(self, config: LoraConfig, site: Site, path: str, device: torch.device, dtype: torch.dtype):
+        super().__init__(config, site, path, device, dtype)
+        self.r, self.lora_alpha = config.rank_and_alpha(path)
+        self.scaling = self.lora_alpha / (sqrt(self.r) if config.use_rslora else self.r)
+        self.is_embedding = isinstance(site, Embedding)
+        if self.is_embedding:
+            if config.lora_bias:
+                raise ValueError(f"lora_bias=True is not supported for {path}: an embedding has no bias")
+            self.lora_embedding_A = self.new(self.r, site.cols)
+            self.lora_embedding_B = self.new(site.out, self.r)
+            return
+        self.dropout = config.lora_dropout
+        bias = self.new(site.out) if config.lora_bias else None
+        self.lora_A = Factor(self.new(self.r, site.channels, *site.kernel))
+        self.lora_B = Factor(self.new(site.out, self.r, *site.kernel_ones), bias)
+
+    @property
+    def lora_dropout(self) -> nn.Module:
+        """The dropout of the branch, as a module for code that reads its `p`."""
+        return nn.Dropout(self.dropout) if self.dropout else nn.Identity()
+
+    def reset(self) -> None:
+        init = self.config.init_lora_weights
+        if self.is_embedding:
+            nn.init.normal_(self.lora_embedding_B)
+            (nn.init.zeros_ if init else nn.init.normal_)(self.lora_embedding_A)
+            return
+        if init == "gaussian":
+            nn.init.normal_(self.lora_A.weight, std=1 / self.r)
+        else:
+            kaiming_(self.lora_A.weight)
+        (nn.init.zeros_ if init else kaiming_)(self.lora_B.weight)
+        if self.lora_B.bias is not None:
+            (nn.init.zeros_ if init else nn.init.normal_)(self.lora_B.bias)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        if self.is_embedding:
+            return self.lora_embedding_B, self.lora_embedding_A
+        b, a = self.lora_B.weight, self.lora_A.weight
+        return (b, a) if b.ndim == 2 else (b.flatten(1), a.flatten(1))
+
+    def set_factors(self, b: Tensor, a: Tensor) -> None:
+        """Take B (out, r) and A (r, cols) as its own, in the shapes of the layer's file."""
+        for (_, held, key), value in zip(self.slots(), (a, b), strict=True):
+            value = value.reshape(held[key].shape).to(self.site.device, self.dtype)
+            held[key] = nn.Parameter(value.contiguous(), requires_grad=False)
+
+    def forward(self, x: Tensor, inner: Inner) -> Tensor:
+        y = super().forward(x, inner)
+        if self.config.lora_bias:
+            y = torch.add(y, self.site.along_output(self.lora_B.bias.to(y.dtype)), alpha=self.gain)
+        return y
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        weight, bias = super().fold(weight, bias)
+        if self.config.lora_bias:
+            extra = self.gain * self.lora_B.bias.to(weight.dtype)
+            bias = extra if bias is None else bias + extra
+        return weight, bias
