@@ -1,0 +1,87 @@
+"""From a run's options to adapters on its pipeline, and from adapters to what a file keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import AdaptedModel, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
+from .config import AdapterOptions, ConfigError
+from .families import Component, Family
+from .random_state import derived_seed
+
+ADAPTER = "default"
+"""Name of the adapter in training."""
+
+Adapters = dict[str, tuple[PeftConfig, dict[str, Tensor]]]
+"""Component -> (config, tensors by module path): what every file dialect reads and writes."""
+
+_METHODS: dict[str, tuple[type[PeftConfig], str, str]] = {
+    "lora": (LoraConfig, "lora_alpha", "lora_dropout"),
+    "loha": (LoHaConfig, "alpha", "rank_dropout"),
+    "lokr": (LoKrConfig, "alpha", "rank_dropout"),
+}
+"""Method -> its config and what PEFT calls alpha and dropout there."""
+
+
+def targets_of(options: AdapterOptions, component: Component) -> list[str]:
+    """Name suffixes of the layers that get an adapter."""
+    names = options.targets or component.attention
+    names += component.feed_forward if options.feed_forward else ()
+    names += component.convolution if options.conv else ()
+    return list(dict.fromkeys(names))
+
+
+def peft_config(name: str, options: AdapterOptions, component: Component, model: str) -> PeftConfig:
+    """The core's config for `options`; `model` is remembered as the base."""
+    config_class, alpha, dropout = _METHODS[options.method]
+    values: dict[str, Any] = {
+        "r": options.rank,
+        alpha: options.rank if options.alpha is None else options.alpha,
+        dropout: options.dropout,
+        "target_modules": targets_of(options, component),
+        "rank_pattern": dict(options.rank_pattern),
+        "alpha_pattern": dict(options.alpha_pattern),
+        "base_model_name_or_path": model,
+        **({"use_dora": True} if options.dora else {}),
+        **options.options,
+    }
+    known = {field.name for field in dataclasses.fields(config_class)}
+    unknown = sorted(values.keys() - known)
+    if unknown:
+        raise ConfigError(f"{name}: {config_class.__name__} has no option {', '.join(unknown)}")
+    return config_class(**values)
+
+
+def attach(
+    pipe: Any, family: Family, wanted: Mapping[str, AdapterOptions], model: str, seed: int
+) -> dict[str, AdaptedModel]:
+    """Freeze the pipeline's components and give those in `wanted` an adapter to train.
+
+    Refuses to start with nothing to train: targets or patterns that match no layer, or a component without a trainable
+    parameter.
+    """
+    adapted = {}
+    for name, options in wanted.items():
+        if name not in family.components:
+            raise ConfigError(f"{family.name} has no component {name}; it has {', '.join(family.components)}")
+        adapted[name] = AdaptedModel(getattr(pipe, name))
+        config = peft_config(name, options, family.components[name], model)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(derived_seed(seed, "adapter", name))
+            adapted[name].add(ADAPTER, config, strict=True)
+        if not any(p.requires_grad and p.numel() for p in adapted[name].parameters_of(ADAPTER)):
+            raise ConfigError(f"the adapter of {name} has no trainable parameter; check {name}.options")
+    return adapted
+
+
+def trained(adapted: Mapping[str, AdaptedModel]) -> Adapters:
+    """What there is to save, on the CPU."""
+    return {
+        name: (model.configs[ADAPTER], {key: tensor.cpu() for key, tensor in model.tensors(ADAPTER).items()})
+        for name, model in adapted.items()
+    }

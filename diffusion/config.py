@@ -1,0 +1,228 @@
+"""The settings of a DreamBooth run: the single source of its flags, its YAML and its form in the studio.
+
+No model library is imported here, so that help and mistakes show at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+
+
+class ConfigError(ValueError):
+    """A setting, or a combination of settings, that cannot work; one line a problem."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """The adapter of one component of the pipeline."""
+
+    method: Literal["lora", "loha", "lokr", "none"] = "lora"
+    """How weights are changed; "none" leaves this component as it is. LoRA is the most widely readable, LoKr the
+    smallest file, LoHa the most expressive at a given rank."""
+    rank: int = 16
+    """Rank of the update, from 1 up. 4 to 32 is usual: more remembers more detail and overfits sooner."""
+    alpha: float | None = None
+    """Strength of the update is alpha / rank. Not given, it equals the rank: strength 1."""
+    learning_rate: float | None = None
+    """Peak rate of AdamW. Not given, the model family's: 1e-4 for a Stable Diffusion UNet, 5e-5 for its text encoder,
+    1e-3 for the embedded pipeline."""
+    targets: tuple[str, ...] = ()
+    """Layers to adapt, as dotted name suffixes such as `to_q`. Not given, the family's attention projections."""
+    feed_forward: bool = False
+    """Adapt the feed-forward layers too: about as many parameters again, better likeness."""
+    conv: bool = False
+    """Adapt the convolutions too (UNet): more parameters still; helps with texture, style and small subjects."""
+    dropout: float = 0.0
+    """Chance, 0 to 1, that an input feature (LoHa, LoKr: a rank) is left out in training. 0 as in the papers' runs."""
+    dora: bool = False
+    """Weight-decomposed: learn the magnitude of each output apart from its direction. Slower, often closer."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks for some layers, by name suffix or regex; a name that matches nothing is an error."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other alphas for some layers, likewise."""
+    options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Further fields of the method's own config, such as `decompose_factor 8` (LoKr) or `use_rslora True` (LoRA)."""
+
+    def problems(self, name: str) -> Iterator[str]:
+        if self.rank < 1:
+            yield f"{name}.rank={self.rank} must be at least 1"
+        if self.alpha is not None and self.alpha <= 0:
+            yield f"{name}.alpha={self.alpha} must be positive"
+        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
+            yield f"{name}.learning_rate={self.learning_rate} must lie between 0 and 1"
+        if not 0 <= self.dropout < 1:
+            yield f"{name}.dropout={self.dropout} must be at least 0 and below 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamBoothConfig:
+    """Teach a diffusion pipeline a subject or a style from a few images.
+
+    Running the same output directory again resumes it where it stopped, or says that it is complete.
+    """
+
+    instance_data_dir: Path
+    """Folder with 3 to 30 images of the subject. A text file beside an image (dog.jpg, dog.txt) is its caption; naming
+    the background there keeps it from being learnt as part of the subject."""
+    instance_prompt: str
+    """What the images show, with a rare word as the subject's name: "a photo of sks dog". For images without
+    caption."""
+    output_dir: Path
+    """The run's directory: settings, metrics, samples, checkpoints, and in the end the adapter."""
+    model: str = "embedded"
+    """The pipeline to adapt: a local directory, a hub id such as CompVis/stable-diffusion-v1-4, or "embedded" for the
+    small one that ships with this package."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id. Not given, the newest."""
+
+    unet: AdapterOptions = AdapterOptions()
+    """The denoiser's adapter."""
+    text_encoder: AdapterOptions = AdapterOptions()
+    """The text encoder's adapter: better likeness, more memory. Without one, prompts are encoded only once."""
+
+    class_prompt: str | None = None
+    """What the subject is one of: "a photo of a dog". Given, images of the class are learnt alongside, so that not
+    every dog becomes this one (prior preservation)."""
+    class_data_dir: Path | None = None
+    """Folder of class images; missing ones are generated into it. Not given, a folder beside the output directory,
+    named for model, prompt and seed, and shared by all runs there."""
+    num_class_images: int = 100
+    """How many class images to learn from, at least 1. 100 to 200 keep the class varied."""
+    prior_loss_weight: float = 1.0
+    """Weight of the class images in the loss, from 0 up. 1: as much as the subject."""
+
+    resolution: int | None = None
+    """Side of the training squares in pixels, a multiple of 8. Not given, what the pipeline was trained at."""
+    min_image_size: int | None = None
+    """Images whose shorter side is below this many pixels are skipped. Not given, half the resolution: enlarging
+    further would teach blur."""
+    random_crop: bool = False
+    """Cut the squares at random places instead of the centre: for subjects that fill little of wide images."""
+    flip: bool = False
+    """Learn mirrored images too. Not for subjects with text or a parting."""
+    views: int = 8
+    """How many crops of each image are prepared when `random_crop` is on; at least 1. With `flip` alone there are 2."""
+
+    max_train_steps: int = 400
+    """Optimizer steps, at least 1. 100 an image is a fair start; a run can be prolonged later."""
+    train_batch_size: int = 1
+    """Images of the subject in one forward pass (per process), plus as many of the class."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer step: a larger batch without more memory."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about 40% slower, a third to a half less memory."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Number format of the frozen weights and of activations; adapters stay float32. bf16 halves the memory on recent
+    hardware, fp16 on older."""
+    lr_scheduler: Schedule = "constant"
+    """How the learning rates change over the run. Constant lets a run be prolonged without changing its past."""
+    lr_warmup_steps: int = 0
+    """Steps over which the rates rise from 0."""
+    lr_num_cycles: int = 1
+    """Restarts of `cosine_with_restarts`."""
+    lr_power: float = 1.0
+    """Exponent of `polynomial`."""
+    adam_beta1: float = 0.9
+    """Decay of the mean of gradients, 0 to 1."""
+    adam_beta2: float = 0.999
+    """Decay of the mean of squared gradients, 0 to 1."""
+    adam_weight_decay: float = 1e-2
+    """Decay of the adapter's weights towards 0 (no change), relative to the learning rate."""
+    adam_epsilon: float = 1e-8
+    """Keeps AdamW from dividing by zero."""
+    max_grad_norm: float = 1.0
+    """Gradients of all components together are scaled down to this length; 0 switches it off."""
+    snr_gamma: float | None = None
+    """Min-SNR loss weighting; 5 is the paper's and often learns faster on epsilon models. Off by default: DreamBooth's
+    plain error, so that runs compare with those of other trainers."""
+    seed: int = 0
+    """Decides everything random: adapter, order of images, noise, class images, samples. Every step's draws depend only
+    on the seed and the step's number, which is why a resumed run equals an undisturbed one."""
+    allow_tf32: bool = False
+    """Faster, slightly less exact float32 products on NVIDIA GPUs since Ampere."""
+    device: Literal["auto", "cpu"] = "auto"
+    """Where to train: the accelerator that this process was launched for, or the CPU all the same."""
+
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts drawn at step 0, every `sample_every` steps and at the end. Not given, the instance prompt."""
+    sample_seeds: tuple[int, ...] = (0, 1)
+    """One image a prompt and seed; the same seeds at every step, so that only the learning shows. Empty: no samples."""
+    sample_every: int = 100
+    """Steps between samples; 0 for step 0 and the end only."""
+    sample_steps: int = 20
+    """Denoising steps of samples and class images (DPM++); 12 to 30."""
+    sample_batch_size: int = 4
+    """Images drawn at once, for samples and class images."""
+    guidance_scale: float | None = None
+    """How closely samples and class images follow their prompt. Not given, the family's: 7.5, or 3 for the embedded
+    pipeline."""
+
+    checkpointing_steps: int = 100
+    """Steps between checkpoints, at least 1."""
+    checkpoints_total_limit: int = 2
+    """How many checkpoints are kept, the newest; at least 1."""
+
+    def adapters(self) -> dict[str, AdapterOptions]:
+        """The components that are to be trained."""
+        asked = {"unet": self.unet, "text_encoder": self.text_encoder}
+        return {name: options for name, options in asked.items() if options.method != "none"}
+
+    def validate(self) -> None:
+        """Raise `ConfigError` with a line for everything that cannot work."""
+        found = list(self._problems())
+        if found:
+            raise ConfigError("\n".join(found))
+
+    def _problems(self) -> Iterator[str]:
+        if not self.adapters():
+            yield "nothing to train: both unet.method and text_encoder.method are none"
+        for name, options in self.adapters().items():
+            yield from options.problems(name)
+        if not self.instance_prompt.strip():
+            yield "instance_prompt is empty"
+        if not Path(self.instance_data_dir).is_dir():
+            yield f"instance_data_dir={self.instance_data_dir} is not a folder"
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                yield f"{name}={getattr(self, name)} must be at least 1"
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                yield f"{name}={getattr(self, name)} must not be negative"
+        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
+            yield f"resolution={self.resolution} must be a positive multiple of 8"
+        if self.snr_gamma is not None and self.snr_gamma <= 0:
+            yield f"snr_gamma={self.snr_gamma} must be positive"
+        if self.class_data_dir is not None and self.class_prompt is None:
+            yield "class_data_dir is given without class_prompt"
+
+
+_AT_LEAST_ONE = (
+    *("num_class_images", "views", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
+    *("sample_steps", "sample_batch_size", "checkpointing_steps", "checkpoints_total_limit"),
+)
+_NOT_NEGATIVE = ("prior_loss_weight", "lr_warmup_steps", "max_grad_norm", "sample_every", "seed")
+
+MAY_CHANGE = frozenset(
+    {
+        *("output_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "device"),
+        *("sample_prompts", "sample_seeds", "sample_every", "sample_batch_size"),
+    }
+)
+"""Fields that a rerun of the same directory may change: they do not alter what the steps already done have learnt."""
+
+
+def differing_fields(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """`name: before -> now` for all fields that a rerun must not change; nested configs by dotted name."""
+    lines = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += differing_fields(old, new, f"{prefix}{name}.")
+        elif old != new and prefix + name not in MAY_CHANGE:
+            lines.append(f"{prefix}{name}: {old!r} -> {new!r}")
+    return lines

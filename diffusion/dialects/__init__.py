@@ -1,0 +1,1 @@
+"""File formats of adapters: each reads and writes `{component: (config, tensors)}`."""

@@ -1,0 +1,71 @@
+"""`pytorch_lora_weights.safetensors`: LoRA and DoRA of all components in one file, as diffusers reads and writes it.
+
+Keys are `<component>.<module path>.lora_A.weight`. Rank, alpha and the rest of each config stand in the header under
+`lora_adapter_metadata`, flat: `unet.r`, `unet.lora_alpha`, ... A file without that header means alpha = rank.
+
+CLIP's modules are written with the `text_model.` that they had before transformers 5: every diffusers reads that.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...core import LoraConfig, PeftConfig, files
+from ...core.tuners.lora import lora_config
+from ..adapters import Adapters
+from .names import COMPONENTS, clip_path
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+_HEADER = "lora_adapter_metadata"
+_FIELDS = (
+    *("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "use_dora", "lora_bias", "bias"),
+    *("rank_pattern", "alpha_pattern", "lora_dropout", "base_model_name_or_path"),
+)
+"""Config fields that decide what the tensors mean; all are known to `peft.LoraConfig`."""
+
+
+def can_express(adapters: Adapters) -> bool:
+    """diffusers' format knows LoRA and DoRA only."""
+    return all(isinstance(config, LoraConfig) for config, _ in adapters.values())
+
+
+def write_diffusers_file(path: Path, adapters: Adapters, metadata: dict[str, str] | None = None) -> None:
+    """Write all of `adapters` to the file `path`, atomically; `metadata` joins the header."""
+    tensors, header = {}, {}
+    for name, (config, parts) in adapters.items():
+        values = config.to_dict()
+        header |= {f"{name}.{field}": values[field] for field in _FIELDS if values.get(field) is not None}
+        tensors |= {f"{name}.{clip_path(key, nested=True)}": t for key, t in parts.items()}
+    files.write_tensors(path, tensors, {**(metadata or {}), _HEADER: json.dumps(header, sort_keys=True)})
+
+
+def read_diffusers_file(path: Path) -> Adapters:
+    """Adapters of a file in diffusers' format, its module paths as written."""
+    header = json.loads(files.read_metadata(path).get(_HEADER, "{}"))
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in files.read_tensors(path).items():
+        component, _, inner = key.partition(".")
+        if component not in COMPONENTS or ".lora_" not in inner:
+            raise ValueError(f"{path} is not a LoRA file in diffusers' format: it holds {key!r}")
+        parts.setdefault(component, {})[inner] = tensor
+    return {name: (_config(_under(header, name), inner), inner) for name, inner in parts.items()}
+
+
+def _under(header: dict[str, Any], component: str) -> dict[str, Any]:
+    return {k.removeprefix(f"{component}."): v for k, v in header.items() if k.startswith(f"{component}.")}
+
+
+def _config(values: dict[str, Any], tensors: dict[str, Tensor]) -> LoraConfig:
+    """The config in the header; without one, ranks from the shapes and alpha = rank."""
+    if values:
+        config = LoraConfig.from_dict({**values, "peft_type": "LORA"})
+        assert isinstance(config, LoraConfig)
+        return config
+    ranks = {key.split(".lora_A")[0]: tensor.shape[0] for key, tensor in tensors.items() if ".lora_A" in key}
+    dora = any("lora_magnitude_vector" in key for key in tensors)
+    return replace(lora_config(PeftConfig(), ranks), use_dora=dora)

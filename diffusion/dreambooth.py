@@ -1,0 +1,104 @@
+"""DreamBooth from a config to files: prepare, train, sample, save; each step of it an event.
+
+for event in DreamBooth(config).run():
+    print(event)
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import AdapterOptions, ConfigError, DreamBoothConfig
+from .events import Done, Event, ProgressBar, Stopped
+from .run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+__all__ = ["AdapterOptions", "ConfigError", "DreamBooth", "DreamBoothConfig", "main"]
+
+
+def main(config: DreamBoothConfig) -> None:
+    """Run with a progress bar on the terminal; exits with 130 when asked to stop before the end."""
+    bar = ProgressBar(disable=not _place(config).is_main_process)
+    if isinstance(bar.follow(DreamBooth(config).run()), Stopped):
+        raise SystemExit(130)
+
+
+class DreamBooth:
+    """One run of one config. `run()` trains and tells; `stop()`, from a signal or another thread, saves and ends it."""
+
+    def __init__(self, config: DreamBoothConfig):
+        self.config = config
+        self.directory = RunDirectory(Path(config.output_dir))
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """Finish the present step, save a checkpoint, and end. Running again goes on from there."""
+        self._stopping.set()
+
+    def run(self) -> Iterator[Event]:
+        """Train until `max_train_steps`, from wherever this directory stands. Ctrl-C and SIGTERM act as `stop()`.
+
+        Raises `ConfigError` or `DataError` before anything is written if it cannot work, and `TrainingError` if the
+        numbers break. Of several processes only the first tells anything.
+        """
+        self.config.validate()
+        self.directory.check(self.config)
+        done = self.directory.finished_step()
+        if done == self.config.max_train_steps:
+            yield Done(done, self.directory.root)
+            return
+        place = _place(self.config)
+        if not place.is_main_process:
+            for _ in self._events(place):
+                pass
+            return
+        with self.directory.opened(self.config):
+            for event in self._events(place):
+                self.directory.metrics.write(event)
+                yield event
+
+    def _events(self, place: PartialState) -> Iterator[Event]:
+        from .prepare import prepare  # the model libraries: not before the settings are known to be sound
+        from .session import Session
+
+        prepared = yield from prepare(self.config, place)
+        with _on_signal(self.stop):
+            yield from Session(self.config, self.directory, prepared, place, self._stopping.is_set).events()
+
+
+def _place(config: DreamBoothConfig) -> PartialState:
+    """Which device and which of how many processes this is, as `accelerate launch` says.
+
+    No `Accelerator`: precision is a matter of the weights' dtype here, and gradients are averaged by the trainer.
+    """
+    from accelerate import PartialState
+
+    return PartialState(cpu=config.device == "cpu")
+
+
+@contextmanager
+def _on_signal(stop: Callable[[], None]) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM calls `stop`; a second one acts as usual, for those who cannot wait."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: Any) -> None:
+        stop()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

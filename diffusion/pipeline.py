@@ -1,0 +1,93 @@
+"""Adapters on a diffusers pipeline: load, weigh, take off again. Without `peft`, without `cross_attention_kwargs`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from ..core import AdaptedModel
+from .adapters import Adapters
+from .dialects.diffusers_file import FILE_NAME, read_diffusers_file
+from .dialects.names import fit_names
+from .dialects.peft_dir import is_peft_dir, read_peft_dir
+
+_ADAPTED: WeakKeyDictionary[Any, dict[str, AdaptedModel]] = WeakKeyDictionary()
+"""Adapted components by pipeline. Kept here and not on the pipeline, which stays as its library made it."""
+
+
+def read_adapter(path: str | Path, revision: str | None = None) -> Adapters:
+    """Adapters by component, from a run directory, a folder with `unet/` or `text_encoder/`, a file in diffusers'
+    format, or a hub id that holds either."""
+    local = Path(path).expanduser()
+    if local.is_file():
+        return read_diffusers_file(local)
+    if not local.exists():
+        local = _download(str(path), revision)
+    if is_peft_dir(local):
+        return read_peft_dir(local)
+    if (local / FILE_NAME).is_file():
+        return read_diffusers_file(local / FILE_NAME)
+    raise FileNotFoundError(f"{path} holds no adapter: neither {FILE_NAME} nor a PEFT folder unet/ or text_encoder/")
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """The adapter files of a hub repository; nothing else of it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[FILE_NAME, "*/adapter_*"]))
+    except (HFValidationError, RepositoryNotFoundError):
+        raise FileNotFoundError(f"{name} is neither a file or folder here nor a repository on the hub") from None
+
+
+def load_adapter(
+    pipe: Any, path: str | Path, name: str = "default", weight: float = 1.0, revision: str | None = None
+) -> None:
+    """Put the adapter at `path` on `pipe` and switch it on, beside those already there.
+
+    **Arguments**: `path` as in `read_adapter`; `name` to speak of it later; `weight` 1.0 is as trained, 0.0 is off.
+    """
+    adapters = read_adapter(path, revision)
+    missing = [component for component in adapters if getattr(pipe, component, None) is None]
+    if missing:
+        raise ValueError(f"{path} adapts {', '.join(missing)}, which {type(pipe).__name__} does not have")
+    adapted = _ADAPTED.setdefault(pipe, {})
+    taken = [component for component, model in adapted.items() if name in model.configs]
+    if taken:
+        raise ValueError(f"the pipeline has an adapter {name!r} already; give this one another name")
+    for component, (config, tensors) in adapters.items():
+        if component not in adapted:
+            adapted[component] = AdaptedModel(getattr(pipe, component))
+        model = adapted[component]
+        model.load(name, config, fit_names(tensors, model.model))
+        model.activate(*dict.fromkeys([*model.state.active, name]))
+    set_weights(pipe, {name: weight})
+
+
+def set_weights(pipe: Any, weights: Mapping[str, float]) -> None:
+    """Set the strength of loaded adapters by name, in every component; the others keep theirs."""
+    adapted = adapted_models(pipe)
+    loaded = {name for model in adapted.values() for name in model.configs}
+    unknown = sorted(weights.keys() - loaded)
+    if unknown:
+        has = ", ".join(sorted(loaded)) or "none"
+        raise ValueError(f"the pipeline has no adapter {', '.join(unknown)}; it has {has}")
+    for model in adapted.values():
+        for name, weight in weights.items():
+            if name in model.configs:
+                model.set_weight(name, weight)
+
+
+def detach(pipe: Any) -> Any:
+    """Take all adapters off: every module of the pipeline is the very object that it was. Returns `pipe`."""
+    for model in _ADAPTED.pop(pipe, {}).values():
+        model.detach()
+    return pipe
+
+
+def adapted_models(pipe: Any) -> dict[str, AdaptedModel]:
+    """The adapted components of `pipe`, for whatever the functions here do not offer: merging, combining, reading."""
+    return dict(_ADAPTED.get(pipe, {}))

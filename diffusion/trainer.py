@@ -1,0 +1,250 @@
+"""One optimizer step of DreamBooth, as a function of the step's number and of nothing else that is random."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from .cache import Latents, Prompts
+from .config import DreamBoothConfig
+from .events import Step
+from .losses import denoising_loss, signal_to_noise, snr_weights, split_loss, training_target
+from .random_state import derived_seed, generator, shuffled
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+_MOST_OVERFLOWS = 16
+"""fp16 steps skipped in a row, each halving the loss scale, before it is called divergence: 65536 -> 1."""
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; what it has learnt until the last checkpoint is kept."""
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Latents of some images and the prompt of each."""
+
+    name: str
+    latents: Latents
+    prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass: subject first, then its class."""
+
+    latents: Tensor
+    """(batch, channels, height, width)"""
+    noise: Tensor
+    """of the same shape"""
+    timesteps: Tensor
+    """(batch,) of int64"""
+    prompts: list[str]
+    instances: int
+
+
+class Trainer:
+    """Adapters, optimizer and schedule, with one public verb: `step`.
+
+    Neither model is wrapped for several processes: the gradients of the adapters, a few megabytes, are averaged in one
+    go after the backward pass. That is the same arithmetic, works with any mix of trained components and with
+    checkpointing, and costs one collective.
+    """
+
+    def __init__(
+        self,
+        config: DreamBoothConfig,
+        pipe: Any,
+        parameters: dict[str, list[nn.Parameter]],
+        learning_rates: dict[str, float],
+        sets: list[TrainingSet],
+        prompts: Prompts,
+        place: PartialState,
+    ):
+        from diffusers import DDPMScheduler
+        from diffusers.optimization import get_scheduler
+
+        self.config, self.pipe, self.parameters = config, pipe, parameters
+        self.sets, self.prompts, self.place = sets, prompts, place
+        self.device = place.device
+        self.noise_schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+        self.noise_schedule.alphas_cumprod = self.noise_schedule.alphas_cumprod.to(self.device)
+        groups = [{"params": parameters[name], "lr": rate} for name, rate in learning_rates.items()]
+        self.optimizer = torch.optim.AdamW(
+            groups,
+            lr=max(learning_rates.values()),  # diffusers' polynomial schedule measures against this one
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+            fused=self.device.type in ("cpu", "cuda"),  # hundreds of small tensors: one kernel instead of thousands
+        )
+        self.lr_scheduler = get_scheduler(
+            config.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
+        self.overflows = 0
+        self.checked = False
+        self.recent: deque[float] = deque(maxlen=20)
+
+    # ---------------------------------------------------------------- a step
+
+    def step(self, number: int) -> Step:
+        """Step `number`, counted from 1. Raises `TrainingError` rather than go on with broken numbers."""
+        started = time.perf_counter()
+        rates = dict(zip(self.parameters, self.lr_scheduler.get_last_lr(), strict=True))
+        losses = self._backward(number)
+        self._average_gradients()
+        self.scaler.unscale_(self.optimizer)
+        norms = {name: get_total_norm(_gradients(group)).to(self.device) for name, group in self.parameters.items()}
+        values = torch.stack([*losses.values(), *norms.values()]).tolist()  # the one wait for the device in a step
+        shown = dict(zip([*losses, *norms], values, strict=True))
+        self._judge(number, {name: shown[name] for name in losses}, {name: shown[name] for name in norms})
+        self._update(norms)
+        seconds = time.perf_counter() - started
+        self.recent.append(seconds)
+        return Step(
+            step=number,
+            loss=shown["loss"],
+            losses={name: shown[name] for name in losses if name != "loss"},
+            learning_rates=rates,
+            gradient_norms={name: shown[name] for name in norms},
+            seconds=seconds,
+            eta=(self.config.max_train_steps - number) * sum(self.recent) / len(self.recent),
+        )
+
+    def _backward(self, number: int) -> dict[str, Tensor]:
+        """Accumulate gradients over the step's batches; mean losses of this process, each a scalar."""
+        accumulate = self.config.gradient_accumulation_steps
+        totals: dict[str, Tensor] = {}
+        for turn in range(accumulate):
+            batch_number = ((number - 1) * accumulate + turn) * self.place.num_processes + self.place.process_index
+            with _dropout_seeded(derived_seed(self.config.seed, "dropout", batch_number), self.device):
+                losses = self._losses(self.draw(batch_number))
+                self.scaler.scale(losses["loss"] / accumulate).backward()
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0) + value.detach() / accumulate
+        return totals
+
+    def draw(self, batch_number: int) -> Batch:
+        """Batch `batch_number` of the run: images, latents, noise and timesteps, all on the CPU's generators."""
+        size, seed = self.config.train_batch_size, self.config.seed
+        random = generator(seed, "batch", batch_number)
+        latents, prompts = [], []
+        for group in self.sets:
+            images = shuffled(seed, group.name, len(group.latents), batch_number * size, size)
+            latents.append(group.latents.draw(images, random))
+            prompts += [group.prompts[i] for i in images.tolist()]
+        clean = torch.cat(latents)
+        noise = torch.randn(clean.shape, generator=random)
+        steps = self.noise_schedule.config["num_train_timesteps"]
+        timesteps = torch.randint(steps, (len(clean),), generator=random)
+        return Batch(clean.to(self.device), noise.to(self.device), timesteps.to(self.device), prompts, size)
+
+    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+        """`loss` is what is minimised; the other entries are its parts."""
+        schedule, kind = self.noise_schedule, self.noise_schedule.config["prediction_type"]
+        noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+        target = training_target(schedule, batch.latents, batch.noise, batch.timesteps)
+        denoiser = self.pipe.unet
+        prediction = denoiser(noisy.to(denoiser.dtype), batch.timesteps, **self.prompts.condition(batch.prompts)).sample
+        weights = None
+        if self.config.snr_gamma is not None:
+            weights = snr_weights(signal_to_noise(schedule, batch.timesteps), kind, self.config.snr_gamma)
+        errors = denoising_loss(prediction, target, weights)
+        total, parts = split_loss(errors, batch.instances, self.config.prior_loss_weight)
+        return {"loss": total, **parts}
+
+    def _average_gradients(self) -> None:
+        if self.place.num_processes == 1:
+            return
+        from accelerate.utils import reduce
+
+        trained = [p for group in self.parameters.values() for p in group if p.grad is not None]
+        flat: Any = reduce(torch.cat([p.grad.flatten() for p in trained]), "mean")  # pyright: ignore
+        for parameter, mean in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
+            parameter.grad = mean.view_as(parameter)
+
+    def _update(self, norms: dict[str, Tensor]) -> None:
+        everything = [p for group in self.parameters.values() for p in group]
+        if self.config.max_grad_norm:
+            total = torch.stack(list(norms.values())).norm()
+            clip_grads_with_norm_(everything, self.config.max_grad_norm, total)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.lr_scheduler.step()
+
+    # ---------------------------------------------------------------- no silent failure
+
+    def _judge(self, number: int, losses: dict[str, float], norms: dict[str, float]) -> None:
+        """Broken losses and gradients end the run before they reach the adapter.
+
+        A component's gradient as a whole is judged, not each tensor's: at the first step LoRA's A has none by
+        construction, since B is zero.
+        """
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                raise TrainingError(f"the {name} of step {number} is {value}; {_ADVICE}")
+        broken = [name for name, norm in norms.items() if not math.isfinite(norm)]
+        if broken and self.scaler.is_enabled():  # an overflow in fp16: the scaler skips this step and scales down
+            self.overflows += 1
+            if self.overflows > _MOST_OVERFLOWS:
+                raise TrainingError(f"gradients of {', '.join(broken)} overflow in fp16 at step {number}; {_ADVICE}")
+            return
+        self.overflows = 0
+        if broken:
+            raise TrainingError(f"gradients of {', '.join(broken)} are not finite at step {number}; {_ADVICE}")
+        if not self.checked:
+            idle = [name for name, norm in norms.items() if norm == 0]
+            if idle:
+                raise TrainingError(
+                    f"no gradient reaches the adapter of {', '.join(idle)}: it would stay untrained. "
+                    "Its targets do not take part in the loss; choose others, or method none"
+                )
+            self.checked = True
+
+    # ---------------------------------------------------------------- resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs beside adapters and step number."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+_ADVICE = "lower the learning rates, or use mixed_precision bf16 or no, in a new output_dir"
+
+
+def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+@contextmanager
+def _dropout_seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Dropout, in adapters and models, draws from the global generators: seeded inside, restored outside."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
