@@ -19,35 +19,58 @@ if TYPE_CHECKING:
     from .grid import Row
 
 MATERIAL = Path(__file__).parent / "embedded"
-STYLE_WORD = ", zwx style"
 DRAW = DrawOptions(seeds=(0,), steps=12, batch_size=6, device="cpu")
 
 SUBJECT_PROMPTS = (
-    "a photo of sks bear",
-    "a photo of sks bear in the snow",
-    "a photo of sks bear at night",
-    "a blue sks bear",
-    "a photo of a bear",
+    "a photo of sks face",
+    "a photo of sks face in the snow",
+    "a photo of sks face at night",
+    "a blue sks face",
+    "a photo of a face",
 )
 STYLE_PROMPTS = (
-    "a pear, zwx style",
-    "a tiger face, zwx style",
+    "a dog face, zwx style",
+    "a pineapple, zwx style",
     "a car, zwx style",
     "a tree, zwx style",
-    "a tiger face",
+    "a dog face",
 )
 BLEND_PROMPTS = (
-    "a sks bear, zwx style",
-    "a photo of sks bear, zwx style",
-    "two sks bears, zwx style",
-    "a sks bear",
-    "a photo of a bear",
+    "a photo of sks face, zwx style",
+    "a sks face, zwx style",
+    "sks face on the beach, zwx style",
+    "a photo of sks face",
+    "a photo of a face",
 )
+# What the pipeline draws for these is learnt along with the pictures, so that other words keep their meaning.
+SUBJECT_CLASS = tuple(
+    f"a photo of a face{place}"
+    for place in (
+        *("", " on the grass", " on the beach", " at night", " in the snow", " in the city"),
+        *(" on a blue background", " on a yellow background"),
+    )
+)
+STYLE_CLASS = (
+    *(
+        "a red apple",
+        "a photo of a face",
+        "a lion",
+        "a house on the grass",
+        "a tulip",
+        "a guitar",
+        "a cat face",
+        "a pear",
+    ),
+    *("a photo of a bear on a blue background", "a car in the city", "a bird at night", "a hamburger"),
+)
+
+# LoHa and LoKr multiply two small products, whose gradients start smaller than LoRA's.
+_PACE = {"lora": 1.0, "loha": 2.0, "lokr": 2.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Teach the embedded pipeline a teddy bear and an ink style, then blend the two. About a minute; no downloads."""
+    """Teach the embedded pipeline a robot and an ink style, then blend the two. A minute or two; no downloads."""
 
     method: Literal["lora", "loha", "lokr"] = "lora"
     """How the pipeline's weights are changed."""
@@ -55,102 +78,108 @@ class DemoConfig:
     """Folder for the adapters and the pictures. Run it again to resume."""
     subject_steps: int = 100
     """Training steps of the subject, from 1 up."""
-    style_steps: int = 80
+    style_steps: int = 60
     """Training steps of the style, from 1 up."""
 
 
 def demo(config: DemoConfig) -> None:
     """Tell the story: what the model knew, what it learnt, and what the blend does."""
-    from .grid import contact_sheet
+    from .dreambooth import main as train
 
     began = time.monotonic()
-    subject, style, both = (config.out / name for name in ("teddy", "ink", "ink-teddy"))
-    with _chapter("1/4  Drawing what the model knows. It has seen neither this bear nor this style."):
+    subject, style, both = (config.out / name for name in ("robot", "ink", "ink-robot"))
+    with _chapter("1/4  Drawing what the model knows. It has seen neither this robot nor this style."):
         pipe = DRAW.load_pipeline()
         before = _cells(pipe, SUBJECT_PROMPTS), _cells(pipe, STYLE_PROMPTS)
-        _draw_class_images(pipe, config.out / "class_images" / "plain", MATERIAL / "styles" / "ink")
-    with _chapter(f'2/4  Learning "sks bear" from 8 pictures, and keeping what a bear is ({config.method}).'):
-        _train(subject_run(config, subject))
-    with _chapter(f'3/4  Learning "zwx style" from 24 pictures ({config.method}).'):
-        _train(style_run(config, style))
+        _draw_class_images(pipe, _class_folder(config, "robot"), SUBJECT_CLASS)
+        _draw_class_images(pipe, _class_folder(config, "ink"), STYLE_CLASS)
+    with _chapter(
+        f'2/4  Learning what "sks face" is from 8 pictures, by {config.method}. Other faces are to stay faces.'
+    ):
+        train(subject_run(config, subject))
+    with _chapter(f'3/4  Learning what "zwx style" is from 24 pictures, by {config.method}.'):
+        train(style_run(config, style))
     with _chapter("4/4  Blending the two adapters into one, and drawing everything again."):
-        after = _blend_and_draw(pipe, subject, style, both)
-
-    config.out.mkdir(parents=True, exist_ok=True)
-    story = _story(before, after)
-    contact_sheet(story[:3], cell=112).save(config.out / "subject.png")
-    contact_sheet(story[3:6], cell=112).save(config.out / "style.png")
-    contact_sheet(story[6:], cell=112).save(config.out / "blend.png")
-    contact_sheet(story, cell=112).quantize(256).save(config.out / "demo.png", optimize=True)
+        after = _blend_and_draw(config, pipe, subject, style, both)
+    _write_sheets(config.out, _story(before, after))
     print(f"\nDone in {time.monotonic() - began:.0f} s. The whole story in one picture: {config.out / 'demo.png'}")
-    print(f"Draw with it:  veneer generate --prompts 'a sks bear, zwx style' --adapters {both}")
+    print(f'Go on with:  veneer generate --prompts "a photo of sks face, zwx style" --adapters {both} --out pictures')
 
 
 def subject_run(config: DemoConfig, out: Path) -> DreamBoothConfig:
-    """How the subject is learnt: attention, feed-forward and convolutions; bears drawn before keep their looks."""
+    """How the subject is learnt: with the convolutions too, for its shape."""
     return DreamBoothConfig(
-        instance_data_dir=MATERIAL / "subjects" / "teddy",
-        instance_prompt="a photo of sks bear",
-        class_prompt="a photo of a bear",
-        num_class_images=16,
+        instance_data_dir=MATERIAL / "subjects" / "robot",
+        instance_prompt="a photo of sks face",
+        class_prompt="a photo of a face",
+        class_data_dir=_class_folder(config, "robot"),
+        num_class_images=len(SUBJECT_CLASS),
         output_dir=out,
-        unet=AdapterOptions(method=config.method, rank=8, learning_rate=2e-3, feed_forward=True, conv=True),
-        text_encoder=AdapterOptions(method=config.method, rank=8, learning_rate=3e-3),
+        unet=_adapter(config, 2e-3, feed_forward=True, conv=True),
+        text_encoder=_adapter(config, 4e-3),
         max_train_steps=config.subject_steps,
+        lr_scheduler="constant_with_warmup",
         **_COMMON,
     )
 
 
 def style_run(config: DemoConfig, out: Path) -> DreamBoothConfig:
-    """How the style is learnt: attention only; plain pictures of the same things keep the style to its word."""
+    """How the style is learnt: attention only, and quickly; the plain pictures keep it to its word."""
     return DreamBoothConfig(
         instance_data_dir=MATERIAL / "styles" / "ink",
-        instance_prompt=f"a picture{STYLE_WORD}",
+        instance_prompt="a picture, zwx style",
         class_prompt="a picture",
-        class_data_dir=config.out / "class_images" / "plain",
-        num_class_images=24,
+        class_data_dir=_class_folder(config, "ink"),
+        num_class_images=len(STYLE_CLASS),
+        prior_loss_weight=0.5,
         output_dir=out,
-        unet=AdapterOptions(method=config.method, rank=8, learning_rate=2e-3),
-        text_encoder=AdapterOptions(method=config.method, rank=8, learning_rate=2e-3),
+        unet=_adapter(config, 3e-3),
+        text_encoder=_adapter(config, 8e-3),
         max_train_steps=config.style_steps,
+        lr_scheduler="cosine",
         **_COMMON,
     )
 
 
 _COMMON: dict[str, Any] = {
     "train_batch_size": 2,
+    "lr_warmup_steps": 5,
+    "adam_beta2": 0.99,
     "sample_seeds": (),  # the story draws its own
-    "sample_steps": DRAW.steps,
-    "sample_batch_size": DRAW.batch_size,
     "device": "cpu",
 }
 
 
-def _train(config: DreamBoothConfig) -> None:
-    from .dreambooth import main
-
-    main(config)
+def _adapter(config: DemoConfig, learning_rate: float, **layers: bool) -> AdapterOptions:
+    return AdapterOptions(method=config.method, rank=8, learning_rate=learning_rate * _PACE[config.method], **layers)
 
 
-def _draw_class_images(pipe: Any, folder: Path, styled: Path) -> None:
-    """What the pipeline draws for the style's captions without the style's word, each with its caption."""
-    captions = [
-        path.read_text(encoding="utf-8").strip().removesuffix(STYLE_WORD) for path in sorted(styled.glob("*.txt"))
-    ]
-    if len(list(folder.glob("*.png"))) >= len(captions):
+def _class_folder(config: DemoConfig, name: str) -> Path:
+    return config.out / "class_images" / name
+
+
+def _draw_class_images(pipe: Any, folder: Path, prompts: Sequence[str]) -> None:
+    """A picture for each prompt, and the prompt beside it as its caption, unless an earlier run has drawn them."""
+    if len(list(folder.glob("*.png"))) == len(prompts):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for index, (prompt, _, image) in enumerate(DRAW.draw(pipe, captions)):
+    for index, (prompt, _, image) in enumerate(DRAW.draw(pipe, prompts)):
         (folder / f"{index:02d}.txt").write_text(prompt, encoding="utf-8")
         image.save(folder / f"{index:02d}.png")
 
 
-def _blend_and_draw(pipe: Any, subject: Path, style: Path, both: Path) -> list[list[tuple[str, Any]]]:
-    """Cells drawn with the subject's adapter, with the style's, and with the blend, which is saved to `both`."""
+def _blend_and_draw(
+    config: DemoConfig, pipe: Any, subject: Path, style: Path, both: Path
+) -> list[list[tuple[str, Any]]]:
+    """Cells drawn with the subject's adapter, with the style's, and with the blend, which is saved to `both`.
+
+    The exact sum of LoRAs is a LoRA of 16 columns; that of LoHas or LoKrs has full rank, so it is brought down to 32.
+    """
     from .blend import BLEND, CombineOptions, combine, recipe, save, show_only
     from .weighted import parse_weighted
 
-    inputs, options = parse_weighted((str(subject), str(style))), CombineOptions()
+    inputs = parse_weighted((str(subject), str(style)))
+    options = CombineOptions() if config.method == "lora" else CombineOptions(combination_type="svd", svd_rank=32)
     save(both, combine(pipe, inputs, options), recipe(inputs, options))
     drawn = []
     for name, prompts in zip((inputs[0].name, inputs[1].name, BLEND), _PROMPTS, strict=True):
@@ -168,7 +197,7 @@ def _cells(pipe: Any, prompts: Sequence[str]) -> list[tuple[str, Any]]:
 
 def _story(before: Sequence[list[tuple[str, Any]]], after: Sequence[list[tuple[str, Any]]]) -> list[Row]:
     return [
-        ("the subject's pictures (5 of 8)", _material("subjects/teddy")),
+        ("the subject's pictures (5 of 8)", _material("subjects/robot")),
         ("before", before[0]),
         ("after learning the subject", after[0]),
         ("the style's pictures (5 of 24)", _material("styles/ink")),
@@ -183,6 +212,14 @@ def _material(name: str, count: int = 5) -> list[tuple[str, Any]]:
 
     files = sorted((MATERIAL / name).glob("*.png"))[:count]
     return [(caption_of(file, ""), read_image(file)) for file in files]
+
+
+def _write_sheets(folder: Path, story: list[Row]) -> None:
+    from .grid import contact_sheet
+
+    for name, rows in (("subject", story[:3]), ("style", story[3:6]), ("blend", story[6:])):
+        contact_sheet(rows, cell=112).save(folder / f"{name}.png")
+    contact_sheet(story, cell=112).quantize(256).save(folder / "demo.png", optimize=True)
 
 
 @contextmanager

