@@ -160,9 +160,15 @@ def _ready_to_train(pipe: Any, names: Iterable[str], checkpointing: bool) -> Non
     for name in names:
         model = getattr(pipe, name)
         model.train()  # for the adapters' dropout; transformers recomputes activations in this mode only
-        if not checkpointing:
-            continue
-        if hasattr(model, "enable_gradient_checkpointing"):  # diffusers, where it is never reentrant
-            model.enable_gradient_checkpointing()
-        else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if checkpointing:
+            _recompute_activations(model)
+
+
+def _recompute_activations(model: Any) -> None:
+    """Gradient checkpointing that is not reentrant, so that adapters get gradients although their inputs have none."""
+    if hasattr(model, "enable_gradient_checkpointing"):  # diffusers, where it is never reentrant
+        model.enable_gradient_checkpointing()
+    elif hasattr(model, "activation_checkpointing_enable"):  # transformers since 5
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})

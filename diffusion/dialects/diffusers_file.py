@@ -4,6 +4,8 @@ Keys are `<component>.<module path>.lora_A.weight`. Rank, alpha and the rest of 
 `lora_adapter_metadata`, flat: `unet.r`, `unet.lora_alpha`, ... A file without that header means alpha = rank.
 
 CLIP's modules are written with the `text_model.` that they had before transformers 5: every diffusers reads that.
+DoRA's magnitudes are written with the `.weight` that they have in a live model: without it transformers leaves those of
+the text encoder at their initial values, with no more than a note in the log.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from .names import COMPONENTS, clip_path
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 _HEADER = "lora_adapter_metadata"
+_MAGNITUDE = ".lora_magnitude_vector"
 _FIELDS = (
     *("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "use_dora", "lora_bias", "bias"),
     *("rank_pattern", "alpha_pattern", "lora_dropout", "base_model_name_or_path"),
@@ -40,7 +43,7 @@ def write_diffusers_file(path: Path, adapters: Adapters, metadata: dict[str, str
     for name, (config, parts) in adapters.items():
         values = config.to_dict()
         header |= {f"{name}.{field}": values[field] for field in _FIELDS if values.get(field) is not None}
-        tensors |= {f"{name}.{clip_path(key, nested=True)}": t for key, t in parts.items()}
+        tensors |= {f"{name}.{_written(key)}": tensor for key, tensor in parts.items()}
     files.write_tensors(path, tensors, {**(metadata or {}), _HEADER: json.dumps(header, sort_keys=True)})
 
 
@@ -52,8 +55,17 @@ def read_diffusers_file(path: Path) -> Adapters:
         component, _, inner = key.partition(".")
         if component not in COMPONENTS or ".lora_" not in inner:
             raise ValueError(f"{path} is not a LoRA file in diffusers' format: it holds {key!r}")
-        parts.setdefault(component, {})[inner] = tensor
+        parts.setdefault(component, {})[_read(inner)] = tensor
     return {name: (_config(_under(header, name), inner), inner) for name, inner in parts.items()}
+
+
+def _written(key: str) -> str:
+    key = clip_path(key, nested=True)
+    return f"{key}.weight" if key.endswith(_MAGNITUDE) else key
+
+
+def _read(key: str) -> str:
+    return key.removesuffix(".weight") if key.endswith(f"{_MAGNITUDE}.weight") else key
 
 
 def _under(header: dict[str, Any], component: str) -> dict[str, Any]:
@@ -67,5 +79,5 @@ def _config(values: dict[str, Any], tensors: dict[str, Tensor]) -> LoraConfig:
         assert isinstance(config, LoraConfig)
         return config
     ranks = {key.split(".lora_A")[0]: tensor.shape[0] for key, tensor in tensors.items() if ".lora_A" in key}
-    dora = any("lora_magnitude_vector" in key for key in tensors)
+    dora = any(_MAGNITUDE in key for key in tensors)
     return replace(lora_config(PeftConfig(), ranks), use_dora=dora)
