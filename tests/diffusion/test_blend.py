@@ -42,7 +42,8 @@ def run(*arguments) -> None:
 
 
 def picture(path) -> np.ndarray:
-    return np.asarray(Image.open(path), dtype=np.int16)
+    with Image.open(path) as image:
+        return np.asarray(image, dtype=np.int16)
 
 
 def delta(folder, component, module) -> torch.Tensor:
@@ -77,7 +78,7 @@ def test_preview_shows_baseline_inputs_and_blend(adapters, tmp_path, capsys):
     out = tmp_path / "blend"
     inputs = f"{adapters}/both=0.5", f"{adapters}/unet"
     run("blend", "--adapters", *inputs, "--out", out, "--prompts", "a cat", "a dog", *FAST)
-    width, height = Image.open(out / "sheet.png").size
+    height, width, _ = picture(out / "sheet.png").shape
     assert height > 4 * 128
     assert width > 2 * 128
     assert str(out / "sheet.png") in capsys.readouterr().out
@@ -105,7 +106,7 @@ def test_generate_writes_pictures_sheet_and_config(tmp_path):
     run("generate", "--prompts", "a cat", "a red apple!", "--out", tmp_path, "--steps", "1", "--seeds", "0", "7")
     names = ["000-a-cat-0.png", "001-a-cat-7.png", "002-a-red-apple-0.png", "003-a-red-apple-7.png", "sheet.png"]
     assert sorted(path.name for path in tmp_path.glob("*.png")) == names
-    assert Image.open(tmp_path / names[0]).size == (64, 64)
+    assert picture(tmp_path / names[0]).shape == (64, 64, 3)
     again = tmp_path / "again"
     run("generate", "--config", tmp_path / "config.yaml", "--out", again)
     assert (picture(again / names[3]) == picture(tmp_path / names[3])).all()
