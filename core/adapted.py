@@ -6,6 +6,8 @@ handles of one model agree.
 
 from __future__ import annotations
 
+import gc
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,7 +21,6 @@ from .combine import Options, combine
 from .config import PeftConfig
 from .errors import MergedError
 from .layer import AdaptedLayer, State, set_strength
-from .sites import Site, find
 from .targets import Place, condense, inside, near, select, walk
 from .train import Trainability, TrainedBias, parameter_dicts, trained_biases
 from .tuners.copied import Copied
@@ -81,12 +82,16 @@ class AdaptedModel(nn.Module):
         places = walk(self.model)
         chosen = select(self.model, config, places, strict)
         whole = self._saved_whole(config, places)
-        build = _Builder(config, autocast_adapter_dtype, initialise)
-        adapters = {p.path: build(p) for p in chosen} | {p.path: build(p, Copied) for p in whole}
-        if not self.state.configs:
-            self.model.requires_grad_(False)
-        for place in (*chosen, *whole):
-            self._wrap(place).adapters[name] = adapters[place.path].train(place.module.training)
+        with _no_collection():
+            layers = [self._layer_at(place) for place in (*chosen, *whole)]
+            build = _Builder(config, autocast_adapter_dtype, initialise)
+            adapters = [build(layer, place.path) for layer, place in zip(layers, chosen, strict=False)]
+            adapters += [Copied(config, layer.site, "", *layer.site.place) for layer in layers[len(chosen) :]]
+            if not self.state.configs:
+                self.model.requires_grad_(False)
+            for place, layer, adapter in zip((*chosen, *whole), layers, adapters, strict=True):
+                self._install(place, layer)
+                layer.adapters[name] = adapter if layer.training else adapter.eval()
         with self.trainability.change():
             self.configs[name] = config
             if not config.inference_mode if trainable is None else trainable:
@@ -126,14 +131,14 @@ class AdaptedModel(nn.Module):
                 )
         return list(whole.values())
 
-    def _wrap(self, place: Place) -> AdaptedLayer:
-        if isinstance(place.module, AdaptedLayer):
-            return place.module
-        layer = AdaptedLayer(place.module, self.state)
-        for parent, child in place.holders:
-            setattr(parent, child, layer)
-        self.layers[place.path] = layer
-        return layer
+    def _layer_at(self, place: Place) -> AdaptedLayer:
+        return place.module if isinstance(place.module, AdaptedLayer) else AdaptedLayer(place.module, self.state)
+
+    def _install(self, place: Place, layer: AdaptedLayer) -> None:
+        if layer is not place.module:
+            for parent, child in place.holders:
+                setattr(parent, child, layer)
+            self.layers[place.path] = layer
 
     def _track(self, name: str) -> None:
         held = parameter_dicts(self.layers.values(), name)
@@ -236,7 +241,7 @@ class AdaptedModel(nn.Module):
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """The parameters of one adapter, whole modules and trained biases included."""
-        return self.trainability.parameters(self._known(name))
+        return list(self.trainability.parameters(self._known(name)))
 
     def adapters(self, name: str) -> dict[str, Adapter]:
         """The adapter of every layer that has one of this name, by path."""
@@ -276,16 +281,10 @@ class AdaptedModel(nn.Module):
         Raises:
             ValueError: tensors of a wrong shape; with `strict`, missing or unexpected ones. Nothing has changed then.
         """
-        self.add(
-            name,
-            config,
-            trainable=trainable,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            strict=False,
-            initialise=False,
-        )
+        self.add(name, config, trainable=trainable, autocast_adapter_dtype=autocast_adapter_dtype, initialise=False)
         try:
-            return self.assign(name, tensors, strict=strict)
+            with _no_collection():
+                return self.assign(name, tensors, strict=strict)
         except Exception:
             self.delete(name)
             self._unwrap_empty()
@@ -371,8 +370,10 @@ class AdaptedModel(nn.Module):
                     raise ValueError(
                         f"NaNs detected in the merged weights of {path}. The adapter {here[-1]} seems to be broken"
                     )
+        shared = _shared_parameters(self.model) if keep_original == "none" else set()
         for layer in tqdm(self.layers.values(), "merging", disable=not progressbar, unit="layer"):
-            layer.merge(new, keep_original)
+            alone = keep_original == "none" and id(layer.site.module._parameters.get("weight")) not in shared
+            layer.merge(new, keep_original, in_place=alone)
         self.state.merged = (*self.state.merged, *new)
 
     def unmerge(self) -> None:
@@ -436,6 +437,24 @@ class AdaptedModel(nn.Module):
             return getattr(self.model, name)
 
 
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """Ids of the parameters that several modules hold (tied weights)."""
+    counts = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    return {key for key, count in counts.items() if count > 1}
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without the garbage collector, which would walk thousands of new modules again and again to free none."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _store(new: Tensor, adapter: Adapter, held: dict[str, Any], key: str) -> None:
     """Put a tensor into an adapter: into the one that is there, or in the place of one that was never allocated."""
     old = held[key]
@@ -466,16 +485,11 @@ class _Builder:
     def __init__(self, config: PeftConfig, autocast: bool, initialise: bool):
         self.config, self.autocast, self.initialise = config, autocast, initialise
 
-    def __call__(self, place: Place, kind: type[Adapter] | None = None) -> Adapter:
-        wrapped = isinstance(place.module, AdaptedLayer)
-        base = place.module.base_layer if wrapped else place.module
-        site: Site = place.module.site if wrapped else (find(type(base)) or Site)(base)  # type: ignore[assignment]
-        if kind is Copied:
-            return Copied(self.config, site, place.path, site.device, site.dtype)
-        dtype = site.dtype if site.dtype.is_floating_point else torch.float32
-        if self.autocast and dtype in HALF:
+    def __call__(self, layer: AdaptedLayer, path: str) -> Adapter:
+        device, dtype = layer.site.place
+        if not dtype.is_floating_point or (self.autocast and dtype in HALF):
             dtype = torch.float32
-        adapter = self.config.build(site, place.path, site.device if self.initialise else META, dtype)
+        adapter = self.config.build(layer.site, path, device if self.initialise else META, dtype)
         if self.initialise:
             adapter.reset()
         return adapter

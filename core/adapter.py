@@ -19,6 +19,7 @@ Everything trained is a Parameter, everything frozen a buffer, and the names of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import prod
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -59,12 +60,14 @@ class Factor(nn.Module):
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None):
         super().__init__()
         self.weight = weight
-        self.register_parameter("bias", bias)
+        if bias is not None:
+            self.bias = bias
 
 
 def kaiming_(weight: Tensor) -> Tensor:
     """What `nn.Linear` starts from: uniform within 1 / sqrt(fan_in)."""
-    return nn.init.kaiming_uniform_(weight, a=5**0.5)
+    bound = prod(weight.shape[1:]) ** -0.5
+    return weight.uniform_(-bound, bound)
 
 
 class Adapter(nn.Module):
@@ -114,6 +117,10 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
+    def fold_in_place(self, weight: Tensor) -> bool:
+        """Fold into a stored weight (out, cols), rounding once, if that can be done cheaply; says whether it was."""
+        return False
+
     def check_mergeable(self) -> None:
         """Raise `NotMergeableError`, with the reason, if no weight is equal to this adapter."""
         if type(self).fold is Adapter.fold:
@@ -121,12 +128,23 @@ class Adapter(nn.Module):
 
     def slots(self) -> Iterator[Slot]:
         """Every saved tensor, with the place that holds it."""
-        for prefix, module in self.named_modules():
-            unsaved = module._non_persistent_buffers_set
+        modules: list[tuple[str, nn.Module]] = [("", self)]
+        for prefix, module in modules:
             for held in (module._parameters, module._buffers):
                 for key, tensor in held.items():
-                    if tensor is not None and key not in unsaved:
-                        yield f"{prefix}.{key}" if prefix else key, held, key
+                    if tensor is not None and key not in module._non_persistent_buffers_set:
+                        yield prefix + key, held, key
+            modules.extend((f"{prefix}{name}.", m) for name, m in module._modules.items() if m is not None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module asks every value whether it is a parameter or a module; plain numbers are not, and there are many.
+        if type(value) in _PLAIN:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+_PLAIN = {int, float, bool, str, tuple}
 
 
 def materialise(adapter: Adapter, x: Tensor, inner: Inner) -> Tensor:
@@ -220,7 +238,17 @@ class Factored(Dense):
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         b, a = self.factors()
-        return torch.addmm(weight, b.to(weight.dtype), a.to(weight.dtype), alpha=self.gain), bias
+        return (b.to(weight.dtype) * self.gain).mm(a.to(weight.dtype)).add_(weight), bias
+
+    def fold_in_place(self, weight: Tensor, rows: int = 256) -> bool:
+        b, a = (f.to(wide(weight[:0]).dtype) for f in self.factors())
+        if weight.dtype == b.dtype:
+            weight.addmm_(b, a, alpha=self.gain)
+            return True
+        for start in range(0, len(weight), rows):  # in half precision: tiles, so that no wide copy of W is made
+            tile = weight[start : start + rows]
+            tile.copy_(tile.to(b.dtype).addmm_(b[start : start + rows], a, alpha=self.gain))
+        return True
 
     def row_norms(self, weight: Tensor) -> Tensor:
         # |w + s d|^2 = |w|^2 + 2 s (w . d) + s^2 |d|^2 with d = B A, without building a matrix of W's size.

@@ -122,10 +122,11 @@ def _ties(tensors: list[Tensor], weights: list[float], options: Options) -> Tens
 
 def _largest(tensor: Tensor, density: float) -> Tensor:
     """The tensor with only its largest entries by magnitude."""
-    count = int(density * tensor.numel())
-    kept = torch.zeros_like(tensor).flatten()
-    index = tensor.abs().flatten().topk(count).indices
-    return kept.index_copy_(0, index, tensor.flatten()[index]).view_as(tensor)
+    size, count = tensor.numel(), int(density * tensor.numel())
+    if count == 0:
+        return torch.zeros_like(tensor)
+    threshold = tensor.abs().flatten().kthvalue(size - count + 1).values
+    return torch.where(tensor.abs() >= threshold, tensor, 0.0)
 
 
 def part_of(adapter: Adapter, weight: float, path: str) -> Part:

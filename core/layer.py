@@ -105,7 +105,7 @@ class Kept:
         self.requires_grad = parameter.requires_grad
         stays = keep == "device" or (keep == "cpu" and parameter.device.type == "cpu")
         self.parameter = parameter if stays else None
-        self.elsewhere = weakref.ref(parameter)
+        self.elsewhere = weakref.ref(parameter) if keep != "overwritten" else _nothing
         self.copy = parameter.detach().to("cpu", copy=True) if keep == "cpu" and not stays else None
 
     def restore(self, like: Tensor) -> nn.Parameter | None:
@@ -157,14 +157,17 @@ class AdaptedLayer(nn.Module):
     A wrapper rather than a class swap, so that hooks installed on the base instance keep working.
     """
 
+    state: State
+    site: Site
+    merged_adapters: list[str]
+    _kept: dict[str, Kept | None]
+    _stacks: dict[Names, Callable[..., Any]]
+
     def __init__(self, base_layer: nn.Module, state: State):
         super().__init__()
         self.adapters = nn.ModuleDict()
         self.base_layer = base_layer
-        self.state = state
-        self.merged_adapters: list[str] = []
-        self._kept: dict[str, Kept | None] = {}
-        self.training = base_layer.training
+        self.__dict__.update(state=state, merged_adapters=[], _kept={}, training=base_layer.training)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -240,19 +243,34 @@ class AdaptedLayer(nn.Module):
         here = (n for n in names if n in self.adapters and n not in self.merged_adapters)
         return tuple(n for n in here if not self.adapters[n].saved_whole)
 
-    def merge(self, names: Names, keep: str = "cpu") -> None:
-        """Fold adapters into the base weight, rounding once; `keep` says where the original waits (see `Kept`)."""
+    def merge(self, names: Names, keep: str = "cpu", in_place: bool = False) -> None:
+        """Fold adapters into the base weight, rounding once; `keep` says where the original waits (see `Kept`).
+
+        `in_place` may write over a weight that nobody else holds and that is not kept: it needs no second copy.
+        """
         new = self.to_merge(names)
         if not new:
             return
-        weight, bias = self.folded(new)
         parameters = self.site.module._parameters
+        if in_place and len(new) == 1 and not self._kept and self._fold_in_place(new[0]):
+            return
+        weight, bias = self.folded(new)
         old, old_bias = parameters["weight"], parameters.get("bias")
         self._put("weight", self.site.from_matrix(weight.to(old.dtype)), keep)  # type: ignore[attr-defined, union-attr]
         if bias is not None and (old_bias is None or not torch.equal(bias, wide(old_bias))):
             self._put("bias", bias.to(old.dtype), keep)  # type: ignore[union-attr]
         self.merged_adapters.extend(new)
         self.forget()
+
+    @torch.no_grad()
+    def _fold_in_place(self, name: str) -> bool:
+        weight: nn.Parameter = self.site.module._parameters["weight"]  # type: ignore[assignment]
+        if not self.adapters[name].fold_in_place(self.site.to_matrix(weight.data)):  # type: ignore[attr-defined, operator]
+            return False
+        self._kept["weight"] = Kept(weight, "overwritten")
+        self.merged_adapters.append(name)
+        self.forget()
+        return True
 
     def unmerge(self) -> None:
         """Put the original weights back, bit for bit.

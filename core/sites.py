@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _SITES: dict[str, type[Site]] = {}
+_FOUND: dict[type[nn.Module], type[Site] | None] = {}
 _REFUSED = {
     "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": "nn.MultiheadAttention reads this layer's weight "
     "without calling it, so an adapter here would never run",
@@ -26,6 +27,7 @@ def register(*class_names: str) -> Callable[[type[Site]], type[Site]]:
 
     def add(cls: type[Site]) -> type[Site]:
         _SITES.update(dict.fromkeys(class_names, cls))
+        _FOUND.clear()
         return cls
 
     return add
@@ -33,13 +35,11 @@ def register(*class_names: str) -> Callable[[type[Site]], type[Site]]:
 
 def find(module_type: type[nn.Module]) -> type[Site] | None:
     """The site class for a module class, or None if its kind is not adaptable."""
-    for cls in module_type.__mro__:
-        name = f"{cls.__module__}.{cls.__qualname__}"
-        if name in _REFUSED:
-            return None
-        if name in _SITES:
-            return _SITES[name]
-    return None
+    if module_type not in _FOUND:
+        names = [f"{cls.__module__}.{cls.__qualname__}" for cls in module_type.__mro__]
+        first = next((n for n in names if n in _SITES or n in _REFUSED), "")
+        _FOUND[module_type] = _SITES.get(first)
+    return _FOUND[module_type]
 
 
 def why_not(module: nn.Module) -> str:
@@ -83,16 +83,16 @@ class Site:
         raise TypeError(f"{type(self.module).__name__} has no weight that can be read: {why_not(self.module)}")
 
     @property
-    def device(self) -> torch.device:
-        return self._any_tensor().device
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype of the weight."""
+        weight = self.module._parameters.get("weight")
+        if weight is None:
+            weight = next(self.module.parameters())
+        return weight.device, weight.dtype
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self._any_tensor().dtype
-
-    def _any_tensor(self) -> Tensor:
-        weight = getattr(self.module, "weight", None)
-        return weight if isinstance(weight, Tensor) else next(self.module.parameters())
+    def device(self) -> torch.device:
+        return self.place[0]
 
 
 @register("torch.nn.modules.linear.Linear")

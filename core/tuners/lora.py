@@ -121,8 +121,8 @@ class LoRA(Factored):
             nn.init.normal_(self.lora_A.weight, std=1 / self.r)
         else:
             kaiming_(self.lora_A.weight)
-        (nn.init.zeros_ if init else kaiming_)(self.lora_B.weight)
-        if self.lora_B.bias is not None:
+        (torch.zero_ if init else kaiming_)(self.lora_B.weight)
+        if self.config.lora_bias:
             (nn.init.zeros_ if init else nn.init.normal_)(self.lora_B.bias)
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -142,6 +142,9 @@ class LoRA(Factored):
         if self.config.lora_bias:
             y = torch.add(y, self.site.along_output(self.lora_B.bias.to(y.dtype)), alpha=self.gain)
         return y
+
+    def fold_in_place(self, weight: Tensor, rows: int = 256) -> bool:
+        return not self.config.lora_bias and super().fold_in_place(weight, rows)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         weight, bias = super().fold(weight, bias)

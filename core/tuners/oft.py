@@ -83,7 +83,6 @@ class OFT(Transform):
         size = self.oft_block_size
         rotation = Factor(self.new(1 if config.block_share else self.r, size * (size - 1) // 2))
         self.add_module("oft_embedding_R" if embedding else "oft_R", rotation)
-        self.register_buffer("upper", torch.triu_indices(size, size, 1, device=device), persistent=False)
 
     @property
     def angles(self) -> nn.Parameter:
@@ -100,7 +99,8 @@ class OFT(Transform):
         """Q (blocks, size, size)."""
         angles, size = self.angles, self.oft_block_size
         q = angles.new_zeros(len(angles), size, size)
-        q[:, self.upper[0], self.upper[1]] = angles
+        rows, cols = torch.triu_indices(size, size, 1, device=q.device)
+        q[:, rows, cols] = angles
         q = q - q.mT
         if self.config.coft:  # projected in value, with the gradient of the unprojected
             radius = self.config.eps / len(q) ** 0.5
