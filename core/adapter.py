@@ -184,7 +184,7 @@ class Branch(Adapter):
 
     def forward(self, x: Tensor, inner: Inner) -> Tensor:
         y = inner(x)
-        return torch.add(y, self.branch(cast(x, y.dtype)), alpha=self.gain)
+        return torch.add(y, self.branch(cast(x, y.dtype)).to(y.dtype), alpha=self.gain)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:

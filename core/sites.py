@@ -160,11 +160,10 @@ class Embedding(TransposedLinear):
     all_linear = False
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        m = self.module
-        return self._scaled(F.embedding(x, weight.T, m.padding_idx, m.max_norm, m.norm_type))
+        return self._scaled(F.embedding(x, weight.T, self.module.padding_idx))
 
     def reduce(self, x: Tensor, a: Tensor) -> Tensor:
-        return self._scaled(F.embedding(x, a.T))
+        return self._scaled(F.embedding(x, a.T, self.module.padding_idx))  # padding gets no gradient here either
 
     def _scaled(self, y: Tensor) -> Tensor:
         # Some transformers models (Bart, Gemma) multiply what they look up.

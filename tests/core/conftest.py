@@ -1,0 +1,118 @@
+"""Methods and layer kinds that the laws are tried on. A new method is tested by being registered and given one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from veneer.core import AdaptedModel, PeftConfig
+from veneer.core.config import config_classes
+
+RANDOM = {"LORA": "init_lora_weights", "IA3": "init_ia3_weights"}
+"""The option that turns a method's identity start into a random one, where it is not `init_weights`."""
+
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "LORA": [
+        {"r": 3, "lora_alpha": 5},
+        {"r": 2, "use_rslora": True, "init_lora_weights": "gaussian"},
+        {"r": 2, "use_dora": True},
+    ],
+    "LOHA": [{"r": 2, "alpha": 3}, {"r": 1}, {"r": 2, "use_effective_conv2d": True}, {"r": 2, "use_dora": True}],
+    "LOKR": [
+        {"r": 1, "alpha": 2},
+        {"r": 8},
+        {"r": 1, "use_effective_conv2d": True, "decompose_both": True},
+        {"r": 1, "init_weights": "lycoris", "decompose_factor": 2},
+        {"r": 1, "use_dora": True},
+    ],
+    "IA3": [{"feedforward_modules": []}, {"feedforward_modules": ["layer"], "target_modules": ["layer"]}],
+    "OFT": [{"oft_block_size": 2}, {"r": 2, "oft_block_size": 0, "use_cayley_neumann": False, "block_share": True}],
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of layer, and inputs for it."""
+
+    make: Callable[[], nn.Module]
+    sample: Callable[[], Tensor]
+
+
+def _batch(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(shape)
+
+
+KINDS = {
+    "linear": Kind(lambda: nn.Linear(8, 12), _batch(5, 3, 8)),
+    "linear-nobias": Kind(lambda: nn.Linear(8, 12, bias=False), _batch(5, 8)),
+    "gpt2": Kind(lambda: Conv1D(12, 8), _batch(5, 3, 8)),
+    "conv1d": Kind(lambda: nn.Conv1d(4, 6, 3, padding=1), _batch(5, 4, 9)),
+    "conv2d": Kind(lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2), _batch(5, 4, 9, 9)),
+    "conv2d-1x1": Kind(lambda: nn.Conv2d(4, 6, 1), _batch(5, 4, 3, 3)),
+    "conv2d-reflect": Kind(lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), _batch(5, 4, 7, 7)),
+    "conv2d-same": Kind(lambda: nn.Conv2d(4, 6, (3, 5), padding="same", padding_mode="circular"), _batch(5, 4, 8, 8)),
+    "conv2d-groups": Kind(lambda: nn.Conv2d(4, 6, 3, groups=2, bias=False), _batch(5, 4, 9, 9)),
+    "conv3d": Kind(lambda: nn.Conv3d(4, 6, 2), _batch(5, 4, 4, 4, 4)),
+    "embedding": Kind(lambda: nn.Embedding(12, 8, padding_idx=0), lambda: torch.randint(0, 12, (5, 7))),
+}
+
+METHODS = [
+    pytest.param(method.value, i, id=f"{method.value.lower()}{i or ''}")
+    for method in config_classes()
+    for i in range(len(SETTINGS[method.value]))
+]
+CASES = [
+    pytest.param(*m.values, kind, id=f"{m.id}-{kind}")
+    for m in METHODS
+    for kind in KINDS
+    if not (m.id == "ia31" and kind == "embedding")  # an embedding has no input features to scale
+]
+each_case = pytest.mark.parametrize(("method", "variant", "kind"), CASES)
+
+
+def make_config(method: str, variant: int, random: bool = True, **changes: Any) -> PeftConfig:
+    """A small config; `random` starts it away from the identity."""
+    options = {"target_modules": ["layer"]} | SETTINGS[method][variant] | changes
+    if random:
+        options[RANDOM.get(method, "init_weights")] = False
+    return config_classes()[method](**options)
+
+
+class Net(nn.Module):
+    """One layer of a kind between nothing."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.layer = KINDS[kind].make()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def stir(model: AdaptedModel, *names: str) -> None:
+    """Move every adapter tensor, as training would: magnitudes included, which random starts leave alone."""
+    with torch.no_grad():
+        for name in names:
+            for parameter in model.parameters_of(name):
+                parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
+
+
+def build(method: str, variant: int, kind: str, *names: str, random: bool = True) -> tuple[AdaptedModel, Tensor]:
+    """A net with adapters of these names (the first is active), and a batch for it."""
+    torch.manual_seed(0)
+    model = AdaptedModel(Net(kind).eval())
+    for name in names:
+        model.add(name, make_config(method, variant, random))
+    if random:
+        stir(model, *names)
+    return model, KINDS[kind].sample()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
