@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .generate import DrawOptions
-from .settings import plain, to_yaml
+from .settings import to_yaml
 from .weighted import Weighted, parse_weighted
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def blend(config: BlendConfig) -> None:
         raise ValueError(f"a blend needs two adapters or more, not {len(inputs)}: give PATH or PATH=WEIGHT for each")
     pipe = config.load_pipeline()
     blended = combine(pipe, inputs, config)
-    save(config.out, blended, recipe(inputs, config))
+    save(config.out, blended, recipe(inputs, config, config.model))
     (config.out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     print(f"the blend is in {config.out}")
     if config.prompts:
@@ -91,10 +90,10 @@ def combine(pipe: Any, inputs: Sequence[Weighted], options: CombineOptions) -> A
     return blended
 
 
-def recipe(inputs: Sequence[Weighted], options: CombineOptions) -> dict[str, str]:
-    """How the blend was made, for the files' headers."""
-    made = {"blend": [{"path": path, "weight": weight} for _, path, weight in inputs], **options.arguments()}
-    return {"recipe": json.dumps(plain(made))}
+def recipe(inputs: Sequence[Weighted], options: CombineOptions, model: str) -> dict[str, str]:
+    """How the blend was made, for the files' headers. Names of the inputs only: local folders are nobody's business."""
+    made = {"blend": {name: weight for name, _, weight in inputs}, **options.arguments()}
+    return {"base_model": model, "recipe": to_yaml(made)}
 
 
 def save(folder: Path, adapters: Adapters, metadata: dict[str, str]) -> None:

@@ -150,7 +150,7 @@ _COMMON: dict[str, Any] = {
 }
 
 
-def _adapter(config: DemoConfig, learning_rate: float, **layers: bool) -> AdapterOptions:
+def _adapter(config: DemoConfig, learning_rate: float, **layers: Any) -> AdapterOptions:
     return AdapterOptions(method=config.method, rank=8, learning_rate=learning_rate * _PACE[config.method], **layers)
 
 
@@ -180,7 +180,7 @@ def _blend_and_draw(
 
     inputs = parse_weighted((str(subject), str(style)))
     options = CombineOptions() if config.method == "lora" else CombineOptions(combination_type="svd", svd_rank=32)
-    save(both, combine(pipe, inputs, options), recipe(inputs, options))
+    save(both, combine(pipe, inputs, options), recipe(inputs, options, DRAW.model))
     drawn = []
     for name, prompts in zip((inputs[0].name, inputs[1].name, BLEND), _PROMPTS, strict=True):
         show_only(pipe, name)

@@ -187,7 +187,9 @@ def _table(report: Report) -> str:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     lines += [f"  first key: {key}" for key in report.first_keys]
-    lines += [f"  {key}: {_short(value)}" for key, value in report.metadata.items() if key != "lora_adapter_metadata"]
+    lines += [
+        f"  {key}: {_short(value)}" for key, value in sorted(report.metadata.items()) if key != "lora_adapter_metadata"
+    ]
     return "\n".join(lines)
 
 
@@ -198,5 +200,5 @@ def _row(part: Part) -> tuple[str, ...]:
 
 
 def _short(value: Any, width: int = 160) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = " ".join(value.split()) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= width else f"{text[: width - 1]}…"

@@ -97,9 +97,9 @@ def test_other_combinations(adapters, tmp_path, options):
 def test_the_recipe_is_kept(adapters, tmp_path):
     run("blend", "--adapters", f"{adapters}/both=0.5", f"{adapters}/unet", "--out", tmp_path / "blend", *FAST)
     for report in inspect_path(tmp_path / "blend"):
-        made = report.metadata["recipe"]
-        assert made["combination_type"] == "cat"
-        assert [part["weight"] for part in made["blend"]] == [0.5, 1.0]
+        made = yaml.safe_load(report.metadata["recipe"])
+        assert made == {"blend": {"both": 0.5, "unet": 1.0}, "combination_type": "cat"}
+        assert report.metadata["base_model"] == "embedded"
 
 
 def test_generate_writes_pictures_sheet_and_config(tmp_path):
