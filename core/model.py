@@ -39,8 +39,9 @@ class PeftModel(nn.Module):
         self.autocast_adapter_dtype = autocast_adapter_dtype
         self.add_adapter(adapter_name, peft_config)
         self.training = model.training
-        if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()  # a frozen embedding would cut re-entrant checkpoints off the graph
+        if any(vars(m).get("gradient_checkpointing") for m in model.modules()):  # what transformers' own property asks
+            # a frozen embedding would cut re-entrant checkpoints off the graph
+            getattr(model, "enable_input_require_grads", lambda: None)()
 
     # ---------------------------------------------------------------- loading and saving
 
