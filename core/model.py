@@ -143,7 +143,7 @@ class PeftModel(nn.Module):
             directory = Path(save_directory) if name == "default" else Path(save_directory, name)
             config = self.peft_config[name]
             if config.base_model_name_or_path is None:
-                config.base_model_name_or_path = getattr(self.get_base_model(), "name_or_path", None)
+                config.base_model_name_or_path = getattr(self.get_base_model(), "name_or_path", None) or None
             save_adapter(directory, config, self.base_model.tensors(name))
 
     # ---------------------------------------------------------------- adapters
