@@ -21,6 +21,7 @@ from .model import (
     set_peft_model_state_dict,
 )
 from .sites import Site
+from .status import BaseTunerLayer, LoraLayer, ModulesToSaveWrapper, get_layer_status, get_model_status
 from .tuners.ia3 import IA3Config
 from .tuners.loha import LoHaConfig
 from .tuners.lokr import LoKrConfig
@@ -32,6 +33,7 @@ __all__ = [
     "AdaptedLayer",
     "AdaptedModel",
     "Adapter",
+    "BaseTunerLayer",
     "Branch",
     "Dense",
     "Factored",
@@ -41,7 +43,9 @@ __all__ = [
     "LoKrConfig",
     "LoadResult",
     "LoraConfig",
+    "LoraLayer",
     "MergedError",
+    "ModulesToSaveWrapper",
     "NoMatchingPeftModuleError",
     "NotMergeableError",
     "OFTConfig",
@@ -56,6 +60,8 @@ __all__ = [
     "Transform",
     "combination",
     "delete_adapter",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",

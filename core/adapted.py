@@ -10,7 +10,7 @@ import gc
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from .layer import AdaptedLayer, State, set_strength
 from .targets import Place, condense, inside, near, select, walk
 from .train import Trainability, TrainedBias, parameter_dicts, trained_biases
 from .tuners.copied import Copied
-from .tuners.lora import lora_config
+from .tuners.lora import LoRA, lora_config
 
 HALF = (torch.float16, torch.bfloat16)
 META = torch.device("meta")
@@ -39,6 +39,8 @@ class LoadResult(NamedTuple):
 
 class AdaptedModel(nn.Module):
     """The adapters of `model`, which stays the very object that was passed in: its layers are wrapped in place."""
+
+    model: nn.Module
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -99,8 +101,9 @@ class AdaptedModel(nn.Module):
             if not self.state.active and not self.state.merged:
                 self.state.choose((name,), self.state.enabled)
         self._forget_stacks()
-        if getattr(config, "bias", "none") != "none":
-            self.state.biases[name] = trained_biases(self.model, self.layers, config.bias)  # type: ignore[attr-defined]
+        kind = getattr(config, "bias", "none")
+        if kind != "none":
+            self.state.biases[name] = trained_biases(self.model, self.layers, kind)
         self._track(name)
 
     def _check_new(self, name: str, config: PeftConfig) -> None:
@@ -212,7 +215,7 @@ class AdaptedModel(nn.Module):
 
     def _check_together(self, names: Iterable[str]) -> None:
         for path, layer in self.layers.items():
-            copies = [n for n in names if n in layer.adapters and layer.adapters[n].saved_whole]
+            copies = [n for n in names if n in layer.adapters and layer.adapters[n].whole is not None]
             if len(copies) > 1:
                 raise ValueError(f"Only one active adapter may replace {path}, which is in modules_to_save of {copies}")
 
@@ -246,7 +249,7 @@ class AdaptedModel(nn.Module):
     def adapters(self, name: str) -> dict[str, Adapter]:
         """The adapter of every layer that has one of this name, by path."""
         self._known(name)
-        return {path: layer.adapters[name] for path, layer in self.layers.items() if name in layer.adapters}  # type: ignore[misc]
+        return {path: layer.adapters[name] for path, layer in self.layers.items() if name in layer.adapters}
 
     def set_weight(self, name: str, weight: float) -> None:
         """Apply an adapter at a multiple of its trained strength: 0 is the base model, 1 the adapter as trained.
@@ -362,7 +365,7 @@ class AdaptedModel(nn.Module):
             return
         for layer in self.layers.values():
             for name in layer.to_merge(new):
-                layer.adapters[name].check_mergeable()  # type: ignore[operator]
+                layer.adapters[name].check_mergeable()
         if safe_merge:
             for path, layer in self.layers.items():
                 here = layer.to_merge(new)
@@ -404,7 +407,7 @@ class AdaptedModel(nn.Module):
         by_path: dict[str, list[tuple[Adapter, float]]] = {}
         for name, weight in zip(names, weights, strict=True):
             for path, adapter in self.adapters(name).items():
-                if adapter.saved_whole:
+                if adapter.whole is not None:
                     raise ValueError(f"adapter {name!r} trains {path} whole (modules_to_save): it cannot be combined")
                 by_path.setdefault(path, []).append((adapter, weight))
         factors = combine(by_path, combination_type, Options(**options))
@@ -412,7 +415,7 @@ class AdaptedModel(nn.Module):
         config.target_modules = condense(factors, walk(self.model))
         self.add(new_name, config, trainable=False, initialise=False)
         for path, adapter in self.adapters(new_name).items():
-            adapter.set_factors(*factors[path])  # type: ignore[operator]
+            cast(LoRA, adapter).set_factors(*factors[path])
 
     # ---------------------------------------------------------------- small things
 

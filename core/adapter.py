@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from math import prod
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,20 +34,24 @@ Slot = tuple[str, dict[str, Any], str]
 """A saved tensor: its name in the file, the module dict that holds it, its key there."""
 
 
-class Inner(Protocol):
+class Inner:
     """The layer below an adapter."""
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def weights(self) -> tuple[Tensor, Tensor | None]:
         """The effective W (out, cols) and b (out,)."""
-        ...
+        raise NotImplementedError
 
 
-def method(config_class: type[PeftConfig]) -> Callable[[type[Adapter]], type[Adapter]]:
+AdapterClass = TypeVar("AdapterClass", bound="type[Adapter]")
+
+
+def method(config_class: type[PeftConfig]) -> Callable[[AdapterClass], AdapterClass]:
     """Class decorator: register an adapter as the method of `config_class`."""
 
-    def bind(cls: type[Adapter]) -> type[Adapter]:
+    def bind(cls: AdapterClass) -> AdapterClass:
         config_class.adapter_class = cls
         return cls
 
@@ -80,16 +84,21 @@ class Adapter(nn.Module):
         device, dtype: where and as what its tensors are allocated; `reset` then initialises them.
     """
 
+    config: Any
+    """The method's own config class."""
     strength: float = 1.0
     """How much of the adapter is applied: 0 is the base layer, 1 the adapter as trained."""
-    views: ClassVar[tuple[str, ...]] = ()
+    views: tuple[str, ...] = ()
     """Attributes that `AdaptedLayer` shows as dicts by adapter name, as PEFT's layers do."""
-    saved_whole: ClassVar[bool] = False
-    """Whether the adapter is a copy of its module, which no combination or weight merge understands."""
 
     def __init__(self, config: PeftConfig, site: Site, path: str, device: torch.device, dtype: torch.dtype):
         super().__init__()
         self.config, self.site, self._place = config, site, (device, dtype)
+
+    @property
+    def whole(self) -> nn.Module | None:
+        """The module that runs in place of the base layer, for an adapter that is a trained copy of it."""
+        return None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -163,7 +172,8 @@ def wide(tensor: Tensor) -> Tensor:
 class Folded(Adapter):
     """Base 1: any change of the weights. Write `fold`."""
 
-    forward = materialise
+    def forward(self, x: Tensor, inner: Inner) -> Tensor:
+        return materialise(self, x, inner)
 
 
 class Branch(Adapter):
@@ -179,8 +189,12 @@ class Branch(Adapter):
 
     @property
     def gain(self) -> float:
-        """What the branch is multiplied by: its scaling times its strength."""
+        """What the branch is multiplied by: its scaling times its strength. Setting it sets the strength."""
         return self.scaling * self.strength
+
+    @gain.setter
+    def gain(self, value: float) -> None:
+        self.strength = value / self.scaling
 
     def forward(self, x: Tensor, inner: Inner) -> Tensor:
         y = inner(x)

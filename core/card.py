@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from .config import PeftConfig
 from .files import write_text
@@ -19,9 +20,10 @@ def write_card(directory: Path, config: PeftConfig) -> None:
         title = f"Adapter for {base}" if base else "Adapter"
         card = ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n\n# {title}\n")
     method = str(config.to_dict()["peft_type"]).lower()
-    card.data.library_name = "peft"
+    data: Any = card.data
+    data.library_name = "peft"
     if base and not Path(base).exists():
-        card.data.base_model = card.data.get("base_model") or base
-    tags = [*(card.data.get("tags") or []), method, *([f"base_model:adapter:{base}"] if base else [])]
-    card.data.tags = list(dict.fromkeys(tags))
+        data.base_model = data.get("base_model") or base
+    tags = [*(data.get("tags") or []), method, *([f"base_model:adapter:{base}"] if base else [])]
+    data.tags = list(dict.fromkeys(tags))
     write_text(path, str(card))

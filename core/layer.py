@@ -53,10 +53,10 @@ class State:
         self.running = active if enabled else ()
 
 
-class Base:
+class Base(Inner):
     """The innermost layer of a stack."""
 
-    def __init__(self, module: nn.Module, site: Site):
+    def __init__(self, module: Callable[[Tensor], Tensor], site: Site):
         self.module, self.site = module, site
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class Base:
         return self.site.read()
 
 
-class Stacked:
+class Stacked(Inner):
     """An adapter around the layer below it."""
 
     def __init__(self, adapter: Adapter, inner: Inner):
@@ -159,13 +159,14 @@ class AdaptedLayer(nn.Module):
 
     state: State
     site: Site
+    adapters: MutableMapping[str, Adapter]
     merged_adapters: list[str]
     _kept: dict[str, Kept | None]
     _stacks: dict[Names, Callable[..., Any]]
 
     def __init__(self, base_layer: nn.Module, state: State):
         super().__init__()
-        self.adapters = nn.ModuleDict()
+        self.adapters = nn.ModuleDict()  # type: ignore[assignment]  # a MutableMapping in all but name
         self.base_layer = base_layer
         self.__dict__.update(state=state, merged_adapters=[], _kept={}, training=base_layer.training)
 
@@ -195,13 +196,13 @@ class AdaptedLayer(nn.Module):
         return stack
 
     def _stack(self, names: Names, module: Callable[..., Any]) -> Callable[..., Any]:
-        here = [] if self.merged_adapters else [self.adapters[n] for n in names if n in self.adapters]
-        if not here:
-            whole = [self.adapters[n] for n in names if n in self.adapters and self.adapters[n].saved_whole]
-            return whole[-1].module if whole else module
-        if here[-1].saved_whole:
-            return here[-1].module
-        stack: Inner = Base(module, self.site)  # type: ignore[arg-type]
+        here = [self.adapters[n] for n in names if n in self.adapters]
+        whole = next((a.whole for a in reversed(here) if a.whole is not None), None)
+        if whole is not None:
+            return whole
+        if self.merged_adapters or not here:
+            return module
+        stack: Inner = Base(module, self.site)
         for adapter in here:
             stack = Stacked(adapter, stack)
         return stack
@@ -232,7 +233,7 @@ class AdaptedLayer(nn.Module):
         """
         originals = self._originals()
         stored = self.site.module._parameters | (originals or {})
-        weight, bias = self.site.to_matrix(stored["weight"]), stored.get("bias")  # type: ignore[attr-defined]
+        weight, bias = self.site.to_matrix(stored["weight"]), stored.get("bias")
         weight, bias = wide(weight), None if bias is None else wide(bias)
         for name in names if originals is None else [*self.merged_adapters, *names]:
             weight, bias = fold(self.adapters[name], weight, bias)
@@ -241,7 +242,7 @@ class AdaptedLayer(nn.Module):
     def to_merge(self, names: Names) -> Names:
         """Those of `names` that have a weight to merge here and are not merged yet."""
         here = (n for n in names if n in self.adapters and n not in self.merged_adapters)
-        return tuple(n for n in here if not self.adapters[n].saved_whole)
+        return tuple(n for n in here if self.adapters[n].whole is None)
 
     def merge(self, names: Names, keep: str = "cpu", in_place: bool = False) -> None:
         """Fold adapters into the base weight, rounding once; `keep` says where the original waits (see `Kept`).
@@ -256,16 +257,16 @@ class AdaptedLayer(nn.Module):
             return
         weight, bias = self.folded(new)
         old, old_bias = parameters["weight"], parameters.get("bias")
-        self._put("weight", self.site.from_matrix(weight.to(old.dtype)), keep)  # type: ignore[attr-defined, union-attr]
+        self._put("weight", self.site.from_matrix(weight.to(old.dtype)), keep)
         if bias is not None and (old_bias is None or not torch.equal(bias, wide(old_bias))):
-            self._put("bias", bias.to(old.dtype), keep)  # type: ignore[union-attr]
+            self._put("bias", bias.to(old.dtype), keep)
         self.merged_adapters.extend(new)
         self.forget()
 
     @torch.no_grad()
     def _fold_in_place(self, name: str) -> bool:
-        weight: nn.Parameter = self.site.module._parameters["weight"]  # type: ignore[assignment]
-        if not self.adapters[name].fold_in_place(self.site.to_matrix(weight.data)):  # type: ignore[attr-defined, operator]
+        weight: nn.Parameter = self.site.module._parameters["weight"]
+        if not self.adapters[name].fold_in_place(self.site.to_matrix(weight.data)):
             return False
         self._kept["weight"] = Kept(weight, "overwritten")
         self.merged_adapters.append(name)
@@ -303,8 +304,8 @@ class AdaptedLayer(nn.Module):
 
     def replacement(self) -> nn.Module:
         """The plain module that stands for this layer once its adapters are merged."""
-        whole = [self.adapters[n] for n in self.state.running if n in self.adapters]
-        return whole[-1].module if whole and whole[-1].saved_whole else self.base_layer  # type: ignore[return-value]
+        running = (self.adapters[n].whole for n in reversed(self.state.running) if n in self.adapters)
+        return next((module for module in running if module is not None), self.base_layer)
 
     # ---------------------------------------------------------------- PEFT's face
 
@@ -320,7 +321,7 @@ class AdaptedLayer(nn.Module):
     @property
     def active_adapters(self) -> list[str]:
         """The active adapters of the model; for a module saved whole, those that have a copy of it."""
-        if any(a.saved_whole for a in self.adapters.values()):
+        if any(a.whole is not None for a in self.adapters.values()):
             return [n for n in self.state.active if n in self.adapters]
         return list(self.state.active)
 
@@ -332,6 +333,24 @@ class AdaptedLayer(nn.Module):
     def disable_adapters(self) -> bool:
         return not self.state.enabled
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Run an adapter at `scale` times its trained strength."""
+        if adapter in self.adapters:
+            self.adapters[adapter].strength = scale
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the strength of the active adapters."""
+        for adapter in self._active_here():
+            adapter.strength *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer(scale)`, or with None every change of strength, for the active adapters."""
+        for adapter in self._active_here():
+            adapter.strength = 1.0 if scale is None else adapter.strength / scale
+
+    def _active_here(self) -> list[Adapter]:
+        return [self.adapters[n] for n in self.state.active if n in self.adapters]
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -341,7 +360,7 @@ class AdaptedLayer(nn.Module):
         if "base_layer" not in modules:
             raise AttributeError(name)
         if any(name in a.views for a in modules["adapters"].values()):
-            return View(modules["adapters"], name)
+            return View(modules["adapters"], "gain" if name == "scaling" else name)
         return getattr(self.replacement(), name)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,42 @@ class Site:
     out = cols = 0
 
     def __init__(self, module: nn.Module):
-        self.module = module
+        self.module: Any = module
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """W (out, cols) and b (out,) or None: views of the stored tensors where possible, not to be written to."""
+        raise self._unreadable()
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """Stored weight -> (out, cols)."""
+        raise self._unreadable()
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """(out, cols) -> the stored layout, contiguous as safetensors wants it."""
+        raise self._unreadable()
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's operation with another weight (out, cols)."""
+        raise self._unreadable()
+
+    def reduce(self, x: Tensor, a: Tensor) -> Tensor:
+        """First half of a factored weight ``W = B A``: x times A (r, cols)."""
+        raise self._unreadable()
+
+    def expand(self, h: Tensor, b: Tensor) -> Tensor:
+        """Second half: h, which `reduce` made, times B (out, r)."""
+        raise self._unreadable()
+
+    def accumulate(self, y: Tensor, h: Tensor, b: Tensor, scale: float) -> Tensor:
+        """y + scale * expand(h, b), in as few kernels as can be."""
+        return torch.add(y, self.expand(h, b), alpha=scale)
+
+    def along_output(self, vector: Tensor) -> Tensor:
+        """A vector (out,) shaped to broadcast over y."""
+        return vector
+
+    def _unreadable(self) -> TypeError:
+        return TypeError(f"{type(self.module).__name__} has no weight that can be read: {why_not(self.module)}")
 
     @property
     def kernel_ones(self) -> tuple[int, ...]:
@@ -77,10 +113,6 @@ class Site:
     def channels(self) -> int:
         """Input features that one output feature sees."""
         return self.cols // prod(self.kernel)
-
-    def read(self) -> tuple[Tensor, Tensor | None]:
-        """W (out, cols) and b (out,) or None: views of the stored tensors where possible, not to be written to."""
-        raise TypeError(f"{type(self.module).__name__} has no weight that can be read: {why_not(self.module)}")
 
     @property
     def place(self) -> tuple[torch.device, torch.dtype]:
@@ -102,43 +134,33 @@ class Linear(Site):
     pointwise = True
     all_linear = True
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: Any):
         super().__init__(module)
         self.out, self.cols = self.to_matrix(module.weight).shape
 
     def to_matrix(self, weight: Tensor) -> Tensor:
-        """Stored weight -> (out, cols)."""
         return weight
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
-        """(out, cols) -> the stored layout, contiguous as safetensors wants it."""
         return matrix.contiguous()
 
     def read(self) -> tuple[Tensor, Tensor | None]:
         return self.to_matrix(self.module.weight), getattr(self.module, "bias", None)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The layer's operation with another weight (out, cols)."""
         return F.linear(x, weight, bias)
 
     def reduce(self, x: Tensor, a: Tensor) -> Tensor:
-        """First half of a factored weight ``W = B A``: x times A (r, cols)."""
         return F.linear(x, a)
 
     def expand(self, h: Tensor, b: Tensor) -> Tensor:
-        """Second half: h, which `reduce` made, times B (out, r)."""
         return F.linear(h, b)
 
     def accumulate(self, y: Tensor, h: Tensor, b: Tensor, scale: float) -> Tensor:
-        """y + scale * expand(h, b), in one kernel."""
         if y.ndim == 1:
-            return torch.add(y, self.expand(h, b), alpha=scale)
+            return super().accumulate(y, h, b, scale)
         rows = torch.addmm(y.reshape(-1, self.out), h.reshape(-1, b.shape[1]), b.T, alpha=scale)
         return rows.view(y.shape)
-
-    def along_output(self, vector: Tensor) -> Tensor:
-        """A vector (out,) shaped to broadcast over y."""
-        return vector
 
 
 @register("transformers.pytorch_utils.Conv1D")
@@ -179,7 +201,7 @@ class Conv(Linear):
     all_linear = False
     channel = 1
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: Any):
         super().__init__(module)
         self.groups: int = module.groups
         self.kernel = tuple(module.kernel_size)
@@ -213,7 +235,7 @@ class Conv(Linear):
         return self.op(h, b.reshape(*b.shape, *self.kernel_ones), groups=self.groups)
 
     def accumulate(self, y: Tensor, h: Tensor, b: Tensor, scale: float) -> Tensor:
-        return torch.add(y, self.expand(h, b), alpha=scale)
+        return Site.accumulate(self, y, h, b, scale)
 
     def along_output(self, vector: Tensor) -> Tensor:
         return vector.reshape(-1, *self.kernel_ones)

@@ -71,11 +71,10 @@ def inside(names: Iterable[str] | None) -> Callable[[str], bool]:
 
 def layer_filter(config: PeftConfig) -> Callable[[str], bool]:
     """Whether the first numbered part of a path is one of `layers_to_transform`."""
-    chosen = config.layers_to_transform if isinstance(config, LayeredConfig) else None
-    if chosen is None or chosen == []:
+    if not isinstance(config, LayeredConfig) or config.layers_to_transform in (None, []):
         return lambda path: True
-    indices = {chosen} if isinstance(chosen, int) else set(chosen)
-    names = config.layers_pattern  # type: ignore[attr-defined]
+    chosen, names = config.layers_to_transform, config.layers_pattern
+    indices = {chosen} if isinstance(chosen, int) else set(chosen or ())
     names = [names] if isinstance(names, str) else names
     # The lazy prefix finds the layer's index, not that of an expert inside it.
     prefixes = [rf"(?:^|.*?\.){n}" for n in names] if names else [r".*?\.[^.]*"]
@@ -101,8 +100,8 @@ def select(model: nn.Module, config: PeftConfig, places: dict[str, Place], stric
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
         config.target_modules = all_linear(model, config, places)
     config.complete(getattr(getattr(model, "config", None), "model_type", None))
-    targets, targeted, in_layer = config.target_modules, matcher(config.target_modules), layer_filter(config)
-    hits = [p for path, p in places.items() if targeted(path) and (path in targets or in_layer(path))]  # type: ignore[operator]
+    targets, targeted, in_layer = config.target_modules or (), matcher(config.target_modules), layer_filter(config)
+    hits = [p for path, p in places.items() if targeted(path) and (path in targets or in_layer(path))]
     chosen = [p for p in hits if not excluded(p.path) and not saved(p.path)]
     if not chosen:
         raise NoMatchingPeftModuleError(_nothing_matched(model, config, places, hits))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 
 import torch
+from torch import nn
 
 from ..adapter import Adapter, Slot
 from ..config import PeftConfig
@@ -15,11 +16,13 @@ from ..sites import Site
 class Copied(Adapter):
     """Runs in place of its module. Stored under the plain names of the module's own tensors."""
 
-    saved_whole = True
-
     def __init__(self, config: PeftConfig, site: Site, path: str, device: torch.device, dtype: torch.dtype):
         super().__init__(config, site, path, device, dtype)
         self.module = deepcopy(site.module).requires_grad_(False)
+
+    @property
+    def whole(self) -> nn.Module:
+        return self.module
 
     def reset(self) -> None:
         """It starts as its module."""

@@ -94,7 +94,7 @@ class DoRA(Adapter):
             raise
 
 
-class _Given:
+class _Given(Inner):
     """A layer whose output is known already."""
 
     def __init__(self, y: Tensor):

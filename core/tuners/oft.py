@@ -81,13 +81,13 @@ class OFT(Transform):
             )
         self.r, self.oft_block_size = (share, features // share) if config.r else (features // share, share)
         size = self.oft_block_size
-        rotation = Factor(self.new(1 if config.block_share else self.r, size * (size - 1) // 2))
-        self.add_module("oft_embedding_R" if embedding else "oft_R", rotation)
+        self.factor = "oft_embedding_R" if embedding else "oft_R"
+        self.add_module(self.factor, Factor(self.new(1 if config.block_share else self.r, size * (size - 1) // 2)))
 
     @property
-    def angles(self) -> nn.Parameter:
+    def angles(self) -> Tensor:
         """Upper triangles of Q: (blocks, size (size - 1) / 2)."""
-        return (self.oft_embedding_R if self.side == "output" else self.oft_R).weight  # type: ignore[return-value]
+        return getattr(self, self.factor).weight
 
     def reset(self) -> None:
         if self.config.init_weights:
