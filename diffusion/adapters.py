@@ -28,11 +28,16 @@ _METHODS: dict[str, tuple[type[PeftConfig], str, str]] = {
 """Method -> its config and what PEFT calls alpha and dropout there."""
 
 
-def targets_of(options: AdapterOptions, component: Component) -> list[str]:
+def targets_of(name: str, options: AdapterOptions, component: Component) -> list[str]:
     """Name suffixes of the layers that get an adapter."""
     names = options.targets or component.attention
-    names += component.feed_forward if options.feed_forward else ()
-    names += component.convolution if options.conv else ()
+    for field, asked, more in (
+        ("feed_forward", options.feed_forward, component.feed_forward),
+        ("conv", options.conv, component.convolution),
+    ):
+        if asked and not more:
+            raise ConfigError(f"{name}.{field}: the {name} has no such layers")
+        names += more if asked else ()
     return list(dict.fromkeys(names))
 
 
@@ -43,7 +48,7 @@ def peft_config(name: str, options: AdapterOptions, component: Component, model:
         "r": options.rank,
         alpha: options.rank if options.alpha is None else options.alpha,
         dropout: options.dropout,
-        "target_modules": targets_of(options, component),
+        "target_modules": targets_of(name, options, component),
         "rank_pattern": dict(options.rank_pattern),
         "alpha_pattern": dict(options.alpha_pattern),
         "base_model_name_or_path": model,

@@ -11,21 +11,19 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .config import AdapterOptions, ConfigError, DreamBoothConfig
 from .events import Done, Event, ProgressBar, Stopped
+from .place import Place
 from .run_directory import RunDirectory
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
 
 __all__ = ["AdapterOptions", "ConfigError", "DreamBooth", "DreamBoothConfig", "main"]
 
 
 def main(config: DreamBoothConfig) -> None:
     """Run with a progress bar on the terminal; exits with 130 when asked to stop before the end."""
-    bar = ProgressBar(disable=not _place(config).is_main_process)
+    bar = ProgressBar(disable=not Place(config.device == "cpu").main)
     if isinstance(bar.follow(DreamBooth(config).run()), Stopped):
         raise SystemExit(130)
 
@@ -51,11 +49,11 @@ class DreamBooth:
         self.config.validate()
         self.directory.check(self.config)
         done = self.directory.finished_step()
-        if done == self.config.max_train_steps:
+        if done is not None and done >= self.config.max_train_steps:
             yield Done(done, self.directory.root)
             return
-        place = _place(self.config)
-        if not place.is_main_process:
+        place = Place(self.config.device == "cpu")
+        if not place.main:
             for _ in self._events(place):
                 pass
             return
@@ -64,23 +62,13 @@ class DreamBooth:
                 self.directory.metrics.write(event)
                 yield event
 
-    def _events(self, place: PartialState) -> Iterator[Event]:
+    def _events(self, place: Place) -> Iterator[Event]:
         from .prepare import prepare  # the model libraries: not before the settings are known to be sound
         from .session import Session
 
         prepared = yield from prepare(self.config, place)
         with _on_signal(self.stop):
             yield from Session(self.config, self.directory, prepared, place, self._stopping.is_set).events()
-
-
-def _place(config: DreamBoothConfig) -> PartialState:
-    """Which device and which of how many processes this is, as `accelerate launch` says.
-
-    No `Accelerator`: precision is a matter of the weights' dtype here, and gradients are averaged by the trainer.
-    """
-    from accelerate import PartialState
-
-    return PartialState(cpu=config.device == "cpu")
 
 
 @contextmanager

@@ -108,7 +108,7 @@ class Done(Event):
     seconds: float = 0.0
     """Wall-clock time of this call, 0 when there was nothing left to do."""
     peak_memory: int | None = None
-    """Most bytes that tensors held on the CUDA device during the steps; None elsewhere."""
+    """Most bytes that tensors held on the CUDA device from the first step on, samples included; None elsewhere."""
 
 
 class MetricsFile:
@@ -138,6 +138,7 @@ class ProgressBar:
     disable: bool = False
     _bar: tqdm | None = field(default=None, init=False)
     _stage: str | None = field(default=None, init=False)
+    _loss: float | None = field(default=None, init=False)
 
     def follow(self, events: Iterable[Event]) -> Event | None:
         """Consume `events` to the end; the last one is returned (`Done` or `Stopped`)."""
@@ -156,7 +157,8 @@ class ProgressBar:
                 bar.update(done - bar.n)
             case Step():
                 assert self._bar is not None
-                self._bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
+                self._loss = event.loss if self._loss is None else 0.95 * self._loss + 0.05 * event.loss
+                self._bar.set_postfix(loss=f"{self._loss:.4f}", refresh=False)  # smoothed: one step tells nothing
                 self._bar.update(event.step - self._bar.n)
             case Plan():
                 parts = ", ".join(f"{name} {count:,}" for name, count in event.trainable.items())

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -107,6 +107,13 @@ def native_resolution(pipe: Any) -> int:
     return pipe.unet.config.sample_size * pipe.vae_scale_factor
 
 
+def noise_schedule(pipe: Any) -> Any:
+    """A `DDPMScheduler` over the noise levels and with the prediction type that the pipeline was trained with."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler.from_config(pipe.scheduler.config)
+
+
 def load_pipeline(model: str, revision: str | None = None) -> Any:
     """The pipeline at `model`: a local directory, a hub id, or "embedded". On the CPU, weights in float32.
 
@@ -127,8 +134,9 @@ def load_pipeline(model: str, revision: str | None = None) -> Any:
             safety_checker=None,
             requires_safety_checker=False,
         )
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.float().eval().requires_grad_(False)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.float().eval().requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -12,21 +12,18 @@ and DreamBooth (Ruiz et al. 2022, arXiv:2208.12242) minimises |prediction - targ
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from diffusers import DDPMScheduler
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
-def training_target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+def training_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """What the denoiser should return.
 
-    **Arguments**: `latents`, `noise` (batch, channels, height, width); `timesteps` (batch,) of int64. Returns the shape
-    of `latents`.
+    **Arguments**: `scheduler` a `DDPMScheduler`; `latents`, `noise` (batch, channels, height, width); `timesteps` (batch,)
+    of int64. Returns the shape of `latents`.
     """
     match scheduler.config["prediction_type"]:
         case "epsilon":
@@ -39,7 +36,7 @@ def training_target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, ti
             raise ValueError(f"the pipeline's scheduler predicts {other!r}; known: {', '.join(PREDICTION_TYPES)}")
 
 
-def signal_to_noise(scheduler: DDPMScheduler, timesteps: Tensor) -> Tensor:
+def signal_to_noise(scheduler: Any, timesteps: Tensor) -> Tensor:
     """a_t^2 / s_t^2 of each timestep, (batch,); 0 at the last step of a zero-terminal-SNR schedule."""
     alphas = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
     return alphas / (1 - alphas)

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,13 +21,9 @@ from .class_images import class_folder, class_recipe, draw_class_images, missing
 from .config import ConfigError, DreamBoothConfig
 from .data import Example, ImageFolder, scan
 from .events import Event, Notice, Progress
-from .families import Family, family_of, load_pipeline, native_resolution
-from .trainer import Trainer, TrainingSet
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
-
-_CAST = {"no": "float", "fp16": "half", "bf16": "bfloat16"}
+from .families import Family, family_of, load_pipeline, native_resolution, noise_schedule
+from .place import Place
+from .trainer import WEIGHT_DTYPES, Trainer, TrainingSet
 
 
 @dataclass(frozen=True)
@@ -52,30 +48,32 @@ class Prepared:
             move(self.pipe, idle, torch.device("cpu"))
 
 
-def prepare(config: DreamBoothConfig, place: PartialState) -> Generator[Event, None, Prepared]:
+def prepare(config: DreamBoothConfig, place: Place) -> Generator[Event, None, Prepared]:
     """Yields what the user should see meanwhile; returns the `Prepared` run."""
-    torch.backends.cuda.matmul.allow_tf32 |= config.allow_tf32
+    if config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
     pipe = load_pipeline(config.model, config.revision)
     family = family_of(pipe)
     resolution = config.resolution or native_resolution(pipe)
     for name in family.components:  # not the autoencoder: in fp16 it overflows to black, in bf16 it bands
-        getattr(getattr(pipe, name), _CAST[config.mixed_precision])()
+        torch.nn.Module.to(getattr(pipe, name), WEIGHT_DTYPES[config.mixed_precision])  # diffusers' own `to` warns
 
     smallest = config.min_image_size or resolution // 2
     folder = scan(Path(config.instance_data_dir), config.instance_prompt, smallest)
     yield from _skipped(folder)
-    examples = {"instance": folder.examples}
+    examples: dict[str, Sequence[Example]] = {"instance": folder.examples}
     if config.class_prompt is not None:
         examples["class"] = yield from _class_examples(config, pipe, family, resolution, place)
 
     sets = []
     for name, images in examples.items():
         latents = yield from _encode(config, pipe, name, images, resolution, place.device)
-        sets.append(TrainingSet(name, latents, tuple(example.prompt for example in images)))
+        prompts, files = tuple(image.prompt for image in images), tuple(image.path.name for image in images)
+        sets.append(TrainingSet(name, latents, prompts, files))
 
     adapted = attach(pipe, family, config.adapters(), config.model, config.seed)
-    prompts = Prompts(pipe.tokenizer, lambda tokens: family.encode_text(pipe, tokens), place.device)
-    yield from _encode_prompts(prompts, pipe, family, adapted, [prompt for group in sets for prompt in group.prompts])
+    conditions = Prompts(pipe.tokenizer, lambda tokens: family.encode_text(pipe, tokens), place.device)
+    yield from _encode_prompts(conditions, pipe, family, adapted, sets)
     needed = adapted.keys() | {family.denoiser}
     move(pipe, needed, place.device)
     _ready_to_train(pipe, needed, config.gradient_checkpointing)
@@ -84,7 +82,8 @@ def prepare(config: DreamBoothConfig, place: PartialState) -> Generator[Event, N
         for name, options in config.adapters().items()
     }
     parameters = {name: model.parameters_of(ADAPTER) for name, model in adapted.items()}
-    trainer = Trainer(config, pipe, parameters, rates, sets, prompts, place)
+    denoiser, schedule = getattr(pipe, family.denoiser), noise_schedule(pipe)
+    trainer = Trainer(config, denoiser, schedule, parameters, rates, sets, conditions, place)
     return Prepared(pipe, family, resolution, adapted, trainer)
 
 
@@ -103,18 +102,18 @@ def _skipped(folder: ImageFolder) -> Iterator[Event]:
 
 
 def _class_examples(
-    config: DreamBoothConfig, pipe: Any, family: Family, resolution: int, place: PartialState
+    config: DreamBoothConfig, pipe: Any, family: Family, resolution: int, place: Place
 ) -> Generator[Event, None, Sequence[Example]]:
     assert config.class_prompt is not None
     recipe = class_recipe(config, resolution, config.guidance_scale or family.guidance_scale)
     folder = class_folder(config, recipe)
     missing = missing_class_images(folder, recipe, config.num_class_images)
-    missing = [index for index in missing if index % place.num_processes == place.process_index]
+    missing = [index for index in missing if index % place.processes == place.process]
     if missing:
         move(pipe, _parts(family), place.device)
         yield from draw_class_images(pipe, folder, recipe, missing, config.sample_batch_size)
         move(pipe, _parts(family), torch.device("cpu"))
-    place.wait_for_everyone()
+    place.wait()
     found = scan(folder, config.class_prompt, smallest=resolution // 2)
     yield from _skipped(found)
     return found.examples[: config.num_class_images]
@@ -145,10 +144,10 @@ def _encode(
 
 
 def _encode_prompts(
-    prompts: Prompts, pipe: Any, family: Family, adapted: dict[str, AdaptedModel], texts: list[str]
+    prompts: Prompts, pipe: Any, family: Family, adapted: dict[str, AdaptedModel], sets: list[TrainingSet]
 ) -> Iterator[Event]:
     longest = pipe.tokenizer.model_max_length
-    for prompt in prompts.add(texts):
+    for prompt in prompts.add(prompt for group in sets for prompt in group.prompts):
         yield Notice(f"the model reads only {longest} tokens: the end of this prompt is not seen: {prompt!r}")
     if not any(name in adapted for name in family.text_encoders):
         move(pipe, family.text_encoders, prompts.device)

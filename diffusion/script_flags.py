@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from .config import AdapterOptions, DreamBoothConfig
 
@@ -61,6 +62,7 @@ def to_config(args: argparse.Namespace, unet: AdapterOptions, text_encoder: Adap
         raise SystemExit("--with_prior_preservation needs --class_prompt")
     names = DreamBoothConfig.__dataclass_fields__.keys() - _TRANSLATED - {"unet", "text_encoder"}
     prior = args.with_prior_preservation
+    precision: Any = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     return DreamBoothConfig(
         **{name: value for name, value in vars(args).items() if name in names},
         model=args.pretrained_model_name_or_path,
@@ -69,7 +71,7 @@ def to_config(args: argparse.Namespace, unet: AdapterOptions, text_encoder: Adap
         class_prompt=args.class_prompt if prior else None,
         class_data_dir=args.class_data_dir if prior else None,
         random_crop=not args.center_crop,
-        mixed_precision=args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+        mixed_precision=precision,
         sample_prompts=(args.validation_prompt,) if args.validation_prompt else (),
         sample_seeds=tuple(range(args.num_validation_images if args.validation_prompt else 0)),
         sample_every=args.validation_steps,

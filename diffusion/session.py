@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -19,14 +18,12 @@ from .dialects.diffusers_file import FILE_NAME, can_express, write_diffusers_fil
 from .dialects.peft_dir import write_peft_dir
 from .events import Checkpoint, Done, Event, Notice, Plan, Sample, Stopped
 from .grid import contact_sheet
+from .place import Place
 from .prepare import Prepared
 from .run_directory import RunDirectory
 from .sample import generate_each
 from .settings import plain, to_yaml
 from .trainer import TrainingError
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
 
 _STATE = "training.pt"
 
@@ -39,7 +36,7 @@ class Session:
         config: DreamBoothConfig,
         directory: RunDirectory,
         prepared: Prepared,
-        place: PartialState,
+        place: Place,
         asked_to_stop: Callable[[], bool],
     ):
         self.config, self.directory, self.place = config, directory, place
@@ -48,7 +45,9 @@ class Session:
         self.started = time.perf_counter()
 
     def events(self) -> Iterator[Event]:
-        done = self._resume()
+        done = yield from self._resume()
+        if self.place.on_cuda:
+            torch.cuda.reset_peak_memory_stats(self.place.device)
         yield self._plan(done)
         if done == 0:
             yield from self._sample(0)
@@ -69,21 +68,23 @@ class Session:
 
     # ---------------------------------------------------------------- resume and stop
 
-    def _resume(self) -> int:
+    def _resume(self) -> Generator[Event, None, int]:
         """Put adapters, optimizer and schedule back as the newest checkpoint has them; its step, or 0."""
         step = self.directory.newest_step() or 0
-        if self.place.is_main_process:
+        if self.place.main:
             self.directory.rewind(step)
         if step:
             folder = self.directory.checkpoint(step)
             for name, model in self.adapted.items():
                 model.assign(ADAPTER, load_adapter(folder / name)[1])
-            self.trainer.load_state_dict(torch.load(folder / _STATE, map_location="cpu", weights_only=True))
-        self.place.wait_for_everyone()
+            state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+            for name in self.trainer.load_state_dict(state):
+                yield Notice(f"the {name} images or their prompts have changed since step {step}")
+        self.place.wait()
         return step
 
     def _save(self, step: int) -> Iterator[Event]:
-        if not self.place.is_main_process:
+        if not self.place.main:
             return
         with self.directory.new_checkpoint(step, self.config.checkpoints_total_limit) as folder:
             write_peft_dir(folder, trained(self.adapted))
@@ -93,12 +94,9 @@ class Session:
     def _stopping(self) -> bool:
         """Whether any process was asked to stop; all stop after the same step."""
         asked = self.asked_to_stop()
-        if self.place.num_processes == 1:
+        if self.place.processes == 1:
             return asked
-        from accelerate.utils import reduce
-
-        total: Any = reduce(torch.tensor(float(asked), device=self.place.device), "sum")
-        return total.item() > 0
+        return self.place.mean(torch.tensor(float(asked), device=self.place.device)).item() > 0
 
     def _kept(self) -> str:
         step = self.directory.newest_step()
@@ -124,7 +122,7 @@ class Session:
     def _sample(self, step: int) -> Iterator[Event]:
         config = self.config
         wanted = [(p, s) for p in config.sample_prompts or (config.instance_prompt,) for s in config.sample_seeds]
-        if not wanted or not self.place.is_main_process:
+        if not wanted or not self.place.main:
             return
         with self.prepared.whole_pipeline() as pipe:
             images = list(
@@ -148,9 +146,8 @@ class Session:
 
     def _finish(self) -> Iterator[Event]:
         step, root = self.config.max_train_steps, self.directory.root
-        cuda = self.place.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self.place.device) if cuda else None
-        if self.place.is_main_process:
+        peak = torch.cuda.max_memory_allocated(self.place.device) if self.place.on_cuda else None
+        if self.place.main:
             adapters, metadata = trained(self.adapted), self._metadata(step)
             write_peft_dir(root, adapters, metadata)
             if can_express(adapters):

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,11 @@ from .cache import Latents, Prompts
 from .config import DreamBoothConfig
 from .events import Step
 from .losses import denoising_loss, signal_to_noise, snr_weights, split_loss, training_target
+from .place import Place
 from .random_state import derived_seed, generator, shuffled
 
-if TYPE_CHECKING:
-    from accelerate import PartialState
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""By `mixed_precision`: of frozen weights and activations. Adapters, losses and optimizer stay float32."""
 
 _MOST_OVERFLOWS = 16
 """fp16 steps skipped in a row, each halving the loss scale, before it is called divergence: 65536 -> 1."""
@@ -38,6 +39,8 @@ class TrainingSet:
     name: str
     latents: Latents
     prompts: tuple[str, ...]
+    files: tuple[str, ...]
+    """Names of the images; with the prompts, how a resumed run tells that it sees the same set."""
 
 
 @dataclass(frozen=True)
@@ -65,20 +68,20 @@ class Trainer:
     def __init__(
         self,
         config: DreamBoothConfig,
-        pipe: Any,
+        denoiser: nn.Module,
+        noise_schedule: Any,
         parameters: dict[str, list[nn.Parameter]],
         learning_rates: dict[str, float],
         sets: list[TrainingSet],
         prompts: Prompts,
-        place: PartialState,
+        place: Place,
     ):
-        from diffusers import DDPMScheduler
         from diffusers.optimization import get_scheduler
 
-        self.config, self.pipe, self.parameters = config, pipe, parameters
+        self.config, self.denoiser, self.parameters = config, denoiser, parameters
         self.sets, self.prompts, self.place = sets, prompts, place
         self.device = place.device
-        self.noise_schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+        self.noise_schedule = noise_schedule
         self.noise_schedule.alphas_cumprod = self.noise_schedule.alphas_cumprod.to(self.device)
         groups = [{"params": parameters[name], "lr": rate} for name, rate in learning_rates.items()]
         self.optimizer = torch.optim.AdamW(
@@ -107,7 +110,7 @@ class Trainer:
     def step(self, number: int) -> Step:
         """Step `number`, counted from 1. Raises `TrainingError` rather than go on with broken numbers."""
         started = time.perf_counter()
-        rates = dict(zip(self.parameters, self.lr_scheduler.get_last_lr(), strict=True))
+        rates = {n: float(rate) for n, rate in zip(self.parameters, self.lr_scheduler.get_last_lr(), strict=True)}
         losses = self._backward(number)
         self._average_gradients()
         self.scaler.unscale_(self.optimizer)
@@ -133,7 +136,7 @@ class Trainer:
         accumulate = self.config.gradient_accumulation_steps
         totals: dict[str, Tensor] = {}
         for turn in range(accumulate):
-            batch_number = ((number - 1) * accumulate + turn) * self.place.num_processes + self.place.process_index
+            batch_number = ((number - 1) * accumulate + turn) * self.place.processes + self.place.process
             with _dropout_seeded(derived_seed(self.config.seed, "dropout", batch_number), self.device):
                 losses = self._losses(self.draw(batch_number))
                 self.scaler.scale(losses["loss"] / accumulate).backward()
@@ -161,8 +164,8 @@ class Trainer:
         schedule, kind = self.noise_schedule, self.noise_schedule.config["prediction_type"]
         noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
         target = training_target(schedule, batch.latents, batch.noise, batch.timesteps)
-        denoiser = self.pipe.unet
-        prediction = denoiser(noisy.to(denoiser.dtype), batch.timesteps, **self.prompts.condition(batch.prompts)).sample
+        noisy = noisy.to(WEIGHT_DTYPES[self.config.mixed_precision])
+        prediction = self.denoiser(noisy, batch.timesteps, **self.prompts.condition(batch.prompts)).sample
         weights = None
         if self.config.snr_gamma is not None:
             weights = snr_weights(signal_to_noise(schedule, batch.timesteps), kind, self.config.snr_gamma)
@@ -171,12 +174,10 @@ class Trainer:
         return {"loss": total, **parts}
 
     def _average_gradients(self) -> None:
-        if self.place.num_processes == 1:
+        if self.place.processes == 1:
             return
-        from accelerate.utils import reduce
-
         trained = [p for group in self.parameters.values() for p in group if p.grad is not None]
-        flat: Any = reduce(torch.cat([p.grad.flatten() for p in trained]), "mean")  # pyright: ignore
+        flat = self.place.mean(torch.cat([gradient.flatten() for gradient in _gradients(trained)]))
         for parameter, mean in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
             parameter.grad = mean.view_as(parameter)
 
@@ -227,12 +228,18 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "data": self._data(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> list[str]:
+        """Go on from `state`; returns the sets whose images or prompts are others than they were then."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.scaler.load_state_dict(state["scaler"])
+        return [name for name, now in self._data().items() if state["data"].get(name) != now]
+
+    def _data(self) -> dict[str, list[tuple[str, str]]]:
+        return {group.name: list(zip(group.files, group.prompts, strict=True)) for group in self.sets}
 
 
 _ADVICE = "lower the learning rates, or use mixed_precision bf16 or no, in a new output_dir"

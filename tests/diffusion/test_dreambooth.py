@@ -126,8 +126,9 @@ def test_checkpointing_and_accumulation_change_memory_not_results(make_config, t
     assert [step.step for step in of(Step, run(config))] == [1, 2]
 
 
-def test_half_precision_keeps_adapters_in_float32(make_config):
-    config = make_config(mixed_precision="bf16", gradient_checkpointing=True)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_keeps_adapters_in_float32(make_config, precision):
+    config = make_config(mixed_precision=precision, gradient_checkpointing=True, max_train_steps=3)
     events = run(config)
     assert of(Step, events)[0].loss == pytest.approx(0.5, abs=0.5)
     assert {tensor.dtype for tensor in weights(config.output_dir).values()} == {torch.float32}
@@ -195,6 +196,7 @@ def test_the_users_class_images_count_and_another_recipe_is_refused(make_config,
         ({"instance_data_dir": Path("nowhere")}, "instance_data_dir=nowhere is not a folder"),
         ({"unet": AdapterOptions(options={"rnak": 3})}, "unet: LoraConfig has no option rnak"),
         ({"unet": AdapterOptions(targets=("to_qq",))}, "to_qq"),
+        ({"text_encoder": AdapterOptions(conv=True)}, "text_encoder.conv: the text_encoder has no such layers"),
         ({"text_encoder": AdapterOptions(rank_pattern={"mlp.fc9": 4})}, "mlp.fc9"),
         ({"model": "no-such-model"}, "neither a directory, nor a hub id"),
     ],
@@ -254,6 +256,13 @@ def test_ctrl_c_saves_and_a_rerun_ends_like_an_undisturbed_run(make_config, tmp_
     events = run(stopped)
     assert of(Plan, events)[0].start_step == 2
     assert_equal_runs(undisturbed.output_dir, stopped.output_dir)
+
+
+def test_changed_images_are_told_on_resume(make_config, images):
+    run(make_config())
+    (images / "0.txt").write_text("a disc on white")
+    notices = of(Notice, run(make_config(max_train_steps=3)))
+    assert [notice.message for notice in notices] == ["the instance images or their prompts have changed since step 2"]
 
 
 def test_a_finished_run_says_so_and_can_be_prolonged(make_config, tmp_path):

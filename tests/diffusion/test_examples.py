@@ -54,7 +54,7 @@ def test_the_published_command_runs_under_accelerate(images: Path, tmp_path: Pat
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes=1"]
     script = str(EXAMPLES / "lora_dreambooth" / "train_dreambooth.py")
     command = [*launch, script, *verbatim(images, tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(list((tmp_path / "class").glob("*.png"))) == 2
     tensors = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")

@@ -58,7 +58,7 @@ def drive(folder: Path, images: Path, *moments: str) -> None:
     script = folder / "driver.py"
     script.write_text(DRIVER)
     command = [sys.executable, str(script), str(images), str(folder / "run"), str(STEPS), *moments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
