@@ -176,7 +176,7 @@ def near(names: Iterable[str], paths: Iterable[str]) -> str:
     """ "; near: to_q (32 layers)" for names that resemble the last parts of some paths, or nothing."""
     counts: dict[str, int] = {}
     for path in paths:
-        for suffix in (path.rpartition(".")[2], path):
+        for suffix in dict.fromkeys((path.rpartition(".")[2], path)):
             counts[suffix] = counts.get(suffix, 0) + 1
     close = dict.fromkeys(c for n in names for c in get_close_matches(n, counts, n=3, cutoff=0.6))
     described = [f"{c} ({counts[c]} layer{'s' if counts[c] > 1 else ''})" for c in close]
