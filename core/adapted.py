@@ -57,6 +57,8 @@ class AdaptedModel(nn.Module):
         """The config of every adapter, by name."""
         return self.state.configs
 
+    peft_config = configs
+
     # ---------------------------------------------------------------- attaching
 
     def add(
@@ -109,6 +111,8 @@ class AdaptedModel(nn.Module):
     def _check_new(self, name: str, config: PeftConfig) -> None:
         if not name or "." in name or not isinstance(name, str):
             raise ValueError(f"{name!r} cannot name an adapter: a name is a non-empty string without dots")
+        if hasattr(nn.ModuleDict(), name):
+            raise ValueError(f"{name!r} cannot name an adapter: it is a word that torch.nn.ModuleDict keeps for itself")
         if name in self.configs:
             raise ValueError(f"Adapter with name {name} already exists; delete it first or choose another name")
         others = [n for n, c in self.configs.items() if getattr(c, "bias", "none") != "none"]
