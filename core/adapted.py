@@ -194,6 +194,8 @@ class AdaptedModel(nn.Module):
                 plain = place.module.replacement() if merge else place.module.base_layer
                 for parent, child in place.holders:
                     setattr(parent, child, plain)
+        if merge:
+            _note_untied(self.model)
         for bias in [] if merge else [b for found in self.state.biases.values() for b in found.values()]:
             bias.restore()
         self.layers.clear()
@@ -442,6 +444,15 @@ class AdaptedModel(nn.Module):
             if name == "model":
                 raise
             return getattr(self.model, name)
+
+
+def _note_untied(model: nn.Module) -> None:
+    """Have a transformers model whose tied weights a merge has parted not tie them again when it is loaded."""
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+        weights = {id(getattr(end, "weight", None)) for end in ends if end is not None}
+        config.tie_word_embeddings = len(weights) < 2  # type: ignore[union-attr]
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
