@@ -111,7 +111,7 @@ class PeftModel(nn.Module):
                 "they name layers that this model does not have, or that the config does not target"
             )
         if result.missing_keys:
-            keys = [f"{PREFIX}{k}" for k in result.missing_keys]
+            keys = [f"{PREFIX}{_with_name(key, name)}" for key in result.missing_keys]
             warnings.warn(
                 f"Found missing adapter keys while loading the checkpoint: {keys}.", PeftWarning, stacklevel=3
             )
@@ -290,6 +290,12 @@ class PeftModel(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
+
+
+def _with_name(key: str, name: str) -> str:
+    """A key of a file as PEFT's models call it, with the adapter's name in it."""
+    path, _, last = key.rpartition(".")
+    return f"{path}.{name}.{last}" if last in ("weight", "bias") else f"{key}.{name}"
 
 
 def _where(options: dict[str, Any]) -> dict[str, Any]:
