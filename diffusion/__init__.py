@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .events import Checkpoint, Done, Event, Notice, Plan, Progress, ProgressBar, Sample, Step, Stopped
     from .families import family_of, load_pipeline
     from .grid import contact_sheet
-    from .pipeline import adapted_models, detach, load_adapter, read_adapter, set_weights
+    from .pipeline import adapted_models, detach, load_adapter, read_adapter, remove_adapter, set_weights
     from .sample import generate_each
     from .trainer import TrainingError
 
@@ -44,6 +44,7 @@ _HOME = {
     "load_adapter": "pipeline",
     "load_pipeline": "families",
     "read_adapter": "pipeline",
+    "remove_adapter": "pipeline",
     "set_weights": "pipeline",
 }
 

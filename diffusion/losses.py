@@ -22,8 +22,8 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 def training_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """What the denoiser should return.
 
-    **Arguments**: `scheduler` a `DDPMScheduler`; `latents`, `noise` (batch, channels, height, width); `timesteps` (batch,)
-    of int64. Returns the shape of `latents`.
+    **Arguments**: `scheduler` a `DDPMScheduler`; `latents`, `noise` (batch, channels, height, width); `timesteps`
+    (batch,) of int64. Returns the shape of `latents`.
     """
     match scheduler.config["prediction_type"]:
         case "epsilon":

@@ -58,13 +58,22 @@ def load_adapter(
     taken = [component for component, model in adapted.items() if name in model.configs]
     if taken:
         raise ValueError(f"the pipeline has an adapter {name!r} already; give this one another name")
-    for component, (config, tensors) in adapters.items():
-        if component not in adapted:
-            adapted[component] = AdaptedModel(getattr(pipe, component))
-        model = adapted[component]
-        model.load(name, config, fit_names(tensors, model.model))
-        model.activate(*dict.fromkeys([*model.state.active, name]))
+    try:
+        for component, (config, tensors) in adapters.items():
+            model = adapted.setdefault(component, AdaptedModel(getattr(pipe, component)))
+            model.load(name, config, fit_names(tensors, model.model))
+            model.activate(*dict.fromkeys([*model.state.active, name]))
+    except Exception:  # half an adapter is worse than none
+        remove_adapter(pipe, name)
+        raise
     set_weights(pipe, {name: weight})
+
+
+def remove_adapter(pipe: Any, name: str) -> None:
+    """Take one adapter off and forget it; the others stay."""
+    for model in adapted_models(pipe).values():
+        if name in model.configs:
+            model.delete(name)
 
 
 def set_weights(pipe: Any, weights: Mapping[str, float]) -> None:

@@ -40,7 +40,7 @@ class Prepared:
     def whole_pipeline(self) -> Iterator[Any]:
         """The pipeline with all its parts on the device, for drawing; afterwards only what training needs."""
         device = self.trainer.device
-        idle = [name for name in _parts(self.family) if getattr(self.pipe, name).device != device]
+        idle = [n for n in _parts(self.family) if getattr(self.pipe, n).device.type != device.type]  # cuda is cuda:0
         move(self.pipe, idle, device)
         try:
             yield self.pipe

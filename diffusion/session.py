@@ -153,7 +153,7 @@ class Session:
             if can_express(adapters):
                 write_diffusers_file(root / FILE_NAME, adapters, metadata)
             else:
-                yield Notice(f"no {FILE_NAME}: diffusers' file format holds LoRA and DoRA only")
+                yield Notice(f"no {FILE_NAME}: diffusers' file format holds LoRA and DoRA only, without biases")
             self.directory.finish(step)
         yield Done(step, root, time.perf_counter() - self.started, peak)
 

@@ -33,8 +33,8 @@ _FIELDS = (
 
 
 def can_express(adapters: Adapters) -> bool:
-    """diffusers' format knows LoRA and DoRA only."""
-    return all(isinstance(config, LoraConfig) for config, _ in adapters.values())
+    """diffusers' format knows LoRA and DoRA only, and no trained biases."""
+    return all(isinstance(config, LoraConfig) and config.bias == "none" for config, _ in adapters.values())
 
 
 def write_diffusers_file(path: Path, adapters: Adapters, metadata: dict[str, str] | None = None) -> None:

@@ -17,6 +17,7 @@ from veneer.diffusion import (
     load_adapter,
     load_pipeline,
     read_adapter,
+    remove_adapter,
     set_weights,
 )
 from veneer.diffusion.dialects.diffusers_file import FILE_NAME
@@ -175,6 +176,27 @@ def test_weights_blend_and_detaching_leaves_nothing(finished, pipe):
     detach(pipe)
     assert modules == {n: id(m) for part in (pipe.unet, pipe.text_encoder) for n, m in part.named_modules()}
     assert difference(pictures(pipe), base) == 0
+
+
+def test_one_adapter_comes_off_and_the_other_stays(finished, pipe):
+    load_adapter(pipe, finished("lora"), "one")
+    alone = pictures(pipe)
+    load_adapter(pipe, finished("lokr"), "two")
+    remove_adapter(pipe, "two")
+    assert difference(pictures(pipe), alone) == 0
+
+
+def test_half_an_adapter_is_not_left_behind(finished, pipe, tmp_path):
+    """The UNet's part loads, the text encoder's does not fit: the pipeline is as it was."""
+    tensors = load_file(finished("lora") / FILE_NAME)
+    wrong = {key: t[:, :1] if "text_encoder" in key else t for key, t in tensors.items()}
+    with safe_open(finished("lora") / FILE_NAME, "pt") as file:
+        save_file({key: t.contiguous() for key, t in wrong.items()}, tmp_path / "wrong.safetensors", file.metadata())
+    base = pictures(pipe)
+    with pytest.raises(ValueError, match="has shape"):
+        load_adapter(pipe, tmp_path / "wrong.safetensors")
+    assert difference(pictures(pipe), base) == 0
+    load_adapter(pipe, finished("lora"))  # the name is free
 
 
 def test_mistakes_are_named(finished, pipe, tmp_path):
