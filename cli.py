@@ -52,9 +52,9 @@ options of every command:
 examples:
   veneer demo --out demo
   veneer dreambooth --help
-  veneer generate --prompts "a cat" "a sks bear at night" --adapters runs/bear=0.8 --out pictures
-  veneer blend --adapters runs/bear=1.0 runs/ink=0.7 --combination-type svd --out runs/ink-bear
-  veneer inspect runs/ink-bear
+  veneer generate --prompts "a cat" "a photo of sks face" --adapters demo/robot=0.8 --out pictures
+  veneer blend --adapters demo/robot=1.0 demo/ink=0.7 --combination-type svd --out ink-robot
+  veneer inspect ink-robot
 """
 
 
