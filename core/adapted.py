@@ -217,7 +217,7 @@ class AdaptedModel(nn.Module):
         if len(names) > 1:
             self._check_together(names)
         with self.trainability.change():
-            self.state.choose(tuple(names))
+            self.state.choose(tuple(names), self.state.enabled)
 
     def _check_together(self, names: Iterable[str]) -> None:
         for path, layer in self.layers.items():
