@@ -284,22 +284,29 @@ class AdaptedModel(nn.Module):
         trainable: bool = False,
         autocast_adapter_dtype: bool = True,
         strict: bool = True,
+        missing_ok: bool = False,
     ) -> LoadResult:
         """Attach an adapter whose tensors are known: they are assigned, nothing is initialised first.
 
         Raises:
-            ValueError: tensors of a wrong shape; with `strict`, missing or unexpected ones. Nothing has changed then.
+            ValueError: tensors of a wrong shape; with `strict`, unexpected ones, and missing ones unless `missing_ok`.
+                Nothing has changed then.
         """
+        thawed = [] if self.configs else [p for p in self.model.parameters() if p.requires_grad]
         self.add(name, config, trainable=trainable, autocast_adapter_dtype=autocast_adapter_dtype, initialise=False)
         try:
             with _no_collection():
-                return self.assign(name, tensors, strict=strict)
+                return self.assign(name, tensors, strict=strict, missing_ok=missing_ok)
         except Exception:
             self.delete(name)
             self._unwrap_empty()
+            for parameter in thawed:
+                parameter.requires_grad = True
             raise
 
-    def assign(self, name: str, tensors: dict[str, Tensor], *, strict: bool = True) -> LoadResult:
+    def assign(
+        self, name: str, tensors: dict[str, Tensor], *, strict: bool = True, missing_ok: bool = False
+    ) -> LoadResult:
         """Overwrite an adapter's tensors, on the devices and in the dtypes that it has. All of them, or none.
 
         Raises:
@@ -319,7 +326,7 @@ class AdaptedModel(nn.Module):
         ]
         if wrong:
             raise ValueError(f"adapter {name!r}: {'; '.join(wrong[:5])}{_more(wrong)}")
-        if strict and (missing or rest):
+        if strict and (rest or (missing and not missing_ok)):
             raise ValueError(f"adapter {name!r}: {_mismatch(missing, list(rest), adapters)}")
         self._fill(adapters, missing)
         with torch.no_grad():

@@ -102,14 +102,8 @@ class PeftModel(nn.Module):
             tensors,
             trainable=trainable,
             autocast_adapter_dtype=self.autocast_adapter_dtype if autocast is None else autocast,
-            strict=False,
+            missing_ok=True,
         )
-        if result.unexpected_keys:
-            self.base_model.delete(name)
-            raise ValueError(
-                f"adapter {name!r}: no place for {len(result.unexpected_keys)} tensors, {result.unexpected_keys[:3]}: "
-                "they name layers that this model does not have, or that the config does not target"
-            )
         if result.missing_keys:
             keys = [f"{PREFIX}{_with_name(key, name)}" for key in result.missing_keys]
             warnings.warn(
