@@ -116,11 +116,12 @@ class OFT(Transform):
             return torch.linalg.solve(eye + q, eye - q, left=False)
         # (I + Q)(I - Q)^-1 = I + 2Q + 2Q^2 + ..., cut as PEFT cuts it: the last power counts once.
         terms = self.config.num_cayley_neumann_terms
-        last = max(3, terms - 1) if terms > 2 else terms - 1
-        total = power = eye
-        for i in range(1, last + 1):
+        if terms < 3:
+            return eye + 2 * q if terms == 2 else eye
+        total, power = torch.add(eye, q, alpha=2), q
+        for i in range(2, max(3, terms - 1) + 1):
             power = power @ q
-            total = total + power * (1.0 if i == last and terms > 2 else 2.0)
+            total = torch.add(total, power, alpha=1 if i == max(3, terms - 1) else 2)
         return total
 
     def blocks(self) -> Tensor:
