@@ -67,8 +67,8 @@ STYLE_CLASS = (
 )
 
 # Learning rates of (UNet, text encoder). The text encoder's are higher because the rare words start without a meaning.
-SUBJECT_RATES = {"lora": (3e-3, 6e-3), "loha": (6e-3, 8e-3), "lokr": (8e-3, 1.6e-2)}
-STYLE_RATES = {"lora": (3e-3, 8e-3), "loha": (8e-3, 1.6e-2), "lokr": (1e-2, 2e-2)}
+SUBJECT_RATES = {"lora": (3e-3, 6e-3), "loha": (1e-2, 1.6e-2), "lokr": (8e-3, 1.6e-2)}
+STYLE_RATES = {"lora": (3e-3, 8e-3), "loha": (1e-2, 2e-2), "lokr": (1e-2, 2e-2)}
 
 
 @dataclass(frozen=True, kw_only=True)
