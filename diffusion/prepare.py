@@ -105,7 +105,8 @@ def _class_examples(
     config: DreamBoothConfig, pipe: Any, family: Family, resolution: int, place: Place
 ) -> Generator[Event, None, Sequence[Example]]:
     assert config.class_prompt is not None
-    recipe = class_recipe(config, resolution, config.guidance_scale or family.guidance_scale)
+    scale = family.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    recipe = class_recipe(config, resolution, scale)
     folder = class_folder(config, recipe)
     missing = missing_class_images(folder, recipe, config.num_class_images)
     missing = [index for index in missing if index % place.processes == place.process]
