@@ -28,7 +28,6 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusi
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
-
 from veneer.diffusion import DreamBooth, DreamBoothConfig
 from veneer.diffusion.config import AdapterOptions
 from veneer.diffusion.events import Done, Step
@@ -53,7 +52,7 @@ def build_pipeline(folder: Path, tiny: bool, device: torch.device) -> None:
         )  # fmt: skip
         encoder = AutoencoderKL(
             block_out_channels=vae, down_block_types=("DownEncoderBlock2D",) * len(vae),
-            up_block_types=("UpDecoderBlock2D",) * len(vae), layers_per_block=2, sample_size=512, scaling_factor=0.18215,
+            up_block_types=("UpDecoderBlock2D",) * len(vae), layers_per_block=2, scaling_factor=0.18215,
         )  # fmt: skip
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
