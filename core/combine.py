@@ -163,6 +163,8 @@ def combine(
         raise ValueError(f"combination_type={kind!r} is unknown; known: {sorted(COMBINATIONS)}")
     if options.majority_sign_method not in ("total", "frequency"):
         raise ValueError(f"majority_sign_method={options.majority_sign_method!r} is neither 'total' nor 'frequency'")
+    if options.svd_rank is not None and options.svd_rank < 0:
+        raise ValueError(f"svd_rank={options.svd_rank} is no rank")
     combined = {}
     for path, weighted in adapters.items():
         parts = [part_of(adapter, weight, path) for adapter, weight in weighted]
