@@ -53,17 +53,8 @@ SUBJECT_CLASS = tuple(
     )
 )
 STYLE_CLASS = (
-    *(
-        "a red apple",
-        "a photo of a face",
-        "a lion",
-        "a house on the grass",
-        "a tulip",
-        "a guitar",
-        "a cat face",
-        "a pear",
-    ),
-    *("a photo of a bear on a blue background", "a car in the city", "a bird at night", "a hamburger"),
+    *("a red apple", "a photo of a face", "a lion", "a house on the grass", "a tulip", "a guitar", "a cat face"),
+    *("a pear", "a photo of a bear on a blue background", "a car in the city", "a bird at night", "a hamburger"),
 )
 
 # Learning rates of (UNet, text encoder). The text encoder's are higher because the rare words start without a meaning.
@@ -182,13 +173,11 @@ def _blend_and_draw(
     options = CombineOptions() if config.method == "lora" else CombineOptions(combination_type="svd", svd_rank=32)
     save(both, combine(pipe, inputs, options), recipe(inputs, options, DRAW.model))
     drawn = []
-    for name, prompts in zip((inputs[0].name, inputs[1].name, BLEND), _PROMPTS, strict=True):
+    names = inputs[0].name, inputs[1].name, BLEND
+    for name, prompts in zip(names, (SUBJECT_PROMPTS, STYLE_PROMPTS, BLEND_PROMPTS), strict=True):
         show_only(pipe, name)
         drawn.append(_cells(pipe, prompts))
     return drawn
-
-
-_PROMPTS = SUBJECT_PROMPTS, STYLE_PROMPTS, BLEND_PROMPTS
 
 
 def _cells(pipe: Any, prompts: Sequence[str]) -> list[tuple[str, Any]]:

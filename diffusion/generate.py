@@ -49,6 +49,8 @@ class DrawOptions:
 
     def draw(self, pipe: Any, prompts: Sequence[str]) -> list[tuple[str, int, Image]]:
         """(prompt, seed, picture) for each prompt and seed, prompts outermost."""
+        from tqdm import tqdm
+
         from .sample import generate_each
 
         wanted = [(prompt, seed) for prompt in prompts for seed in self.seeds]
@@ -61,6 +63,7 @@ class DrawOptions:
             sampler=self.sampler,
             batch_size=self.batch_size,
         )
+        images = tqdm(images, "drawing", len(wanted), leave=False, disable=None)  # None: off where no one looks on
         return [(prompt, seed, image) for (prompt, seed), image in zip(wanted, images, strict=True)]
 
 
