@@ -3,8 +3,9 @@
 It knows tensors and modules only; importing it imports neither transformers nor diffusers.
 """
 
-from .adapted import AdaptedModel, LoadResult
+from .adapted import AdaptedModel
 from .adapter import Adapter, Branch, Dense, Factored, Folded, Transform, method
+from .assign import LoadResult
 from .combine import COMBINATIONS, combination
 from .config import PeftConfig, PeftType, TaskType, get_peft_config
 from .errors import MergedError, NoMatchingPeftModuleError, NotMergeableError, PeftError, PeftWarning

@@ -6,35 +6,25 @@ handles of one model agree.
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from math import isfinite
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapter import Adapter
+from .assign import LoadResult, assign
+from .attach import build_adapters, install, no_collection
 from .combine import Options, combine
 from .config import PeftConfig
 from .errors import MergedError
 from .layer import AdaptedLayer, State, set_strength
-from .targets import Place, condense, inside, near, select, walk
+from .targets import condense, walk
 from .train import Trainability, TrainedBias, parameter_dicts, trained_biases
-from .tuners.copied import Copied
 from .tuners.lora import LoRA, lora_config
-
-HALF = (torch.float16, torch.bfloat16)
-META = torch.device("meta")
-
-
-class LoadResult(NamedTuple):
-    """What a set of tensors and an adapter had not in common; keys are those of the file."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
 
 
 class AdaptedModel(nn.Module):
@@ -83,19 +73,22 @@ class AdaptedModel(nn.Module):
             ValueError: the name is taken or unusable, or the config does not fit the model. Nothing has changed then.
         """
         self._check_new(name, config)
-        places = walk(self.model)
-        chosen = select(self.model, config, places, strict)
-        whole = self._saved_whole(config, places)
-        with _no_collection():
-            layers = [self._layer_at(place) for place in (*chosen, *whole)]
-            build = _Builder(config, autocast_adapter_dtype, initialise)
-            adapters = [build(layer, place.path) for layer, place in zip(layers, chosen, strict=False)]
-            adapters += [Copied(config, layer.site, "", *layer.site.place) for layer in layers[len(chosen) :]]
+        with no_collection():
+            built = build_adapters(
+                self.model,
+                config,
+                walk(self.model),
+                self.state,
+                autocast=autocast_adapter_dtype,
+                initialise=initialise,
+                strict=strict,
+            )
             if not self.state.configs:
                 self.model.requires_grad_(False)
-            for place, layer, adapter in zip((*chosen, *whole), layers, adapters, strict=True):
-                self._install(place, layer)
+            for place, layer, adapter in built:
+                install(place, layer)
                 layer.adapters[name] = adapter if layer.training else adapter.eval()
+                self.layers[place.path] = layer
         with self.trainability.change():
             self.configs[name] = config
             if not config.inference_mode if trainable is None else trainable:
@@ -120,32 +113,6 @@ class AdaptedModel(nn.Module):
             raise ValueError(
                 f"only one adapter of a model may train its biases, and {others[0]!r} does: use bias='none'"
             )
-
-    def _saved_whole(self, config: PeftConfig, places: dict[str, Place]) -> list[Place]:
-        if not config.modules_to_save:
-            return []
-        named = {n: [p for path, p in places.items() if f".{path}".endswith(f".{n}")] for n in config.modules_to_save}
-        missing = [n for n, found in named.items() if not found]
-        if len(missing) == len(named):
-            message = f"modules_to_save={sorted(missing)} matches no module of {type(self.model).__name__}"
-            raise ValueError(message + near(missing, places))
-        whole = {p.path: p for found in named.values() for p in found}
-        nested = inside(whole)
-        for path in self.layers:
-            if path not in whole and nested(path):
-                raise ValueError(
-                    f"{path} has an adapter already, and modules_to_save would copy a module that contains it"
-                )
-        return list(whole.values())
-
-    def _layer_at(self, place: Place) -> AdaptedLayer:
-        return place.module if isinstance(place.module, AdaptedLayer) else AdaptedLayer(place.module, self.state)
-
-    def _install(self, place: Place, layer: AdaptedLayer) -> None:
-        if layer is not place.module:
-            for parent, child in place.holders:
-                setattr(parent, child, layer)
-            self.layers[place.path] = layer
 
     def _track(self, name: str) -> None:
         held = parameter_dicts(self.layers.values(), name)
@@ -189,19 +156,22 @@ class AdaptedModel(nn.Module):
             self.merge(safe_merge=safe_merge, keep_original="none", progressbar=progressbar)
         elif self.state.merged:
             self.unmerge()
-        for place in walk(self.model).values():
-            if isinstance(place.module, AdaptedLayer):
-                plain = place.module.replacement() if merge else place.module.base_layer
-                for parent, child in place.holders:
-                    setattr(parent, child, plain)
+        self._unwrap(lambda layer: layer.replacement() if merge else layer.base_layer)
         if merge:
             _note_untied(self.model)
         for bias in [] if merge else [b for found in self.state.biases.values() for b in found.values()]:
             bias.restore()
-        self.layers.clear()
         self.state = State()
         self.trainability = Trainability(self.state)
         return self.model
+
+    def _unwrap(self, plain: Callable[[AdaptedLayer], nn.Module | None]) -> None:
+        """Put plain modules in the place of the layers for which there is one."""
+        for place in walk(self.model).values():
+            module = plain(place.module) if isinstance(place.module, AdaptedLayer) else None
+            if module is not None:
+                install(place, module)
+                del self.layers[place.path]
 
     # ---------------------------------------------------------------- switching
 
@@ -295,11 +265,11 @@ class AdaptedModel(nn.Module):
         thawed = [] if self.configs else [p for p in self.model.parameters() if p.requires_grad]
         self.add(name, config, trainable=trainable, autocast_adapter_dtype=autocast_adapter_dtype, initialise=False)
         try:
-            with _no_collection():
+            with no_collection():
                 return self.assign(name, tensors, strict=strict, missing_ok=missing_ok)
         except Exception:
             self.delete(name)
-            self._unwrap_empty()
+            self._unwrap(lambda layer: None if layer.adapters else layer.base_layer)
             for parameter in thawed:
                 parameter.requires_grad = True
             raise
@@ -312,45 +282,10 @@ class AdaptedModel(nn.Module):
         Raises:
             ValueError: as `load`.
         """
-        adapters, rest = self.adapters(name), dict(tensors)
-        slots = [(f"{path}.{key}", a, held, k) for path, a in adapters.items() for key, held, k in a.slots()]
-        missing = [key for key, *_ in slots if key not in rest]
-        pairs = [(rest.pop(key), a, held, k, key) for key, a, held, k in slots if key in rest]
-        bias_pairs = [(rest.pop(k), b.parameter, k) for k, b in self._biases(name).items() if k in rest]
-        base = dict(self.model.named_parameters()) if rest else {}
-        base_pairs = [(rest.pop(k), base[k], k) for k in list(rest) if k in base]  # resized embeddings, as PEFT saves
-        wrong = [
-            f"{key} has shape {tuple(new.shape)}, expected {tuple(old.shape)}"
-            for new, old, key in [(n, held[k], key) for n, _, held, k, key in pairs] + bias_pairs + base_pairs
-            if new.shape != old.shape
-        ]
-        if wrong:
-            raise ValueError(f"adapter {name!r}: {'; '.join(wrong[:5])}{_more(wrong)}")
-        if strict and (rest or (missing and not missing_ok)):
-            raise ValueError(f"adapter {name!r}: {_mismatch(missing, list(rest), adapters)}")
-        self._fill(adapters, missing)
-        with torch.no_grad():
-            for new, adapter, held, k, _ in pairs:
-                _store(new, adapter, held, k)
-            for new, old, _ in bias_pairs + base_pairs:
-                old.copy_(new)
+        found = self.adapters(name), self._biases(name)
+        result = assign(name, tensors, *found, self.model, strict=strict, missing_ok=missing_ok)
         self._track(name)
-        return LoadResult(missing, list(rest))
-
-    def _fill(self, adapters: dict[str, Adapter], missing: list[str]) -> None:
-        """Initialise the adapters of which some tensors are missing."""
-        for path in dict.fromkeys(path for path in adapters for key in missing if key.startswith(f"{path}.")):
-            adapter = adapters[path]
-            if any(p.is_meta for p in adapter.parameters()):
-                adapter.to_empty(device=adapter.site.device)
-            adapter.reset()
-
-    def _unwrap_empty(self) -> None:
-        for place in walk(self.model).values():
-            if isinstance(place.module, AdaptedLayer) and not place.module.adapters:
-                for parent, child in place.holders:
-                    setattr(parent, child, place.module.base_layer)
-                del self.layers[place.path]
+        return result
 
     # ---------------------------------------------------------------- merging
 
@@ -417,6 +352,8 @@ class AdaptedModel(nn.Module):
         """
         if not names or len(names) != len(weights):
             raise ValueError(f"{len(names)} adapters and {len(weights)} weights: give one weight for each adapter")
+        if not all(isfinite(weight) for weight in weights):
+            raise ValueError(f"weights {list(weights)} are not all finite")
         by_path: dict[str, list[tuple[Adapter, float]]] = {}
         for name, weight in zip(names, weights, strict=True):
             for path, adapter in self.adapters(name).items():
@@ -426,7 +363,8 @@ class AdaptedModel(nn.Module):
         factors = combine(by_path, combination_type, Options(**options))
         config = lora_config(self.configs[names[0]], {path: b.shape[1] for path, (b, _) in factors.items()})
         config.target_modules = condense(factors, walk(self.model))
-        self.add(new_name, config, trainable=False, initialise=False)
+        half = all(adapter.dtype.itemsize == 2 for found in by_path.values() for adapter, _ in found)
+        self.add(new_name, config, trainable=False, autocast_adapter_dtype=not half, initialise=False)
         for path, adapter in self.adapters(new_name).items():
             cast(LoRA, adapter).set_factors(*factors[path])
 
@@ -466,55 +404,3 @@ def _shared_parameters(model: nn.Module) -> set[int]:
     """Ids of the parameters that several modules hold (tied weights)."""
     counts = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     return {key for key, count in counts.items() if count > 1}
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without the garbage collector, which would walk thousands of new modules again and again to free none."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def _store(new: Tensor, adapter: Adapter, held: dict[str, Any], key: str) -> None:
-    """Put a tensor into an adapter: into the one that is there, or in the place of one that was never allocated."""
-    old = held[key]
-    if not old.is_meta:
-        old.copy_(new)
-        return
-    new = new.to(adapter.site.device, old.dtype, copy=True)  # a copy, since the file may change under a mapped tensor
-    held[key] = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
-
-
-def _mismatch(missing: list[str], unexpected: list[str], paths: Iterable[str]) -> str:
-    parts = []
-    if missing:
-        parts.append(f"missing {missing[:3]}{_more(missing, 3)}")
-    if unexpected:
-        modules = [key.rsplit(".lora", 1)[0].rpartition(".")[0] for key in unexpected[:3]]
-        parts.append(f"no place for {unexpected[:3]}{_more(unexpected, 3)}{near(modules, paths)}")
-    return "; ".join(parts)
-
-
-def _more(items: list[str], shown: int = 5) -> str:
-    return f" and {len(items) - shown} more" if len(items) > shown else ""
-
-
-class _Builder:
-    """Builds the adapter of one place, on the right device and in the right dtype."""
-
-    def __init__(self, config: PeftConfig, autocast: bool, initialise: bool):
-        self.config, self.autocast, self.initialise = config, autocast, initialise
-
-    def __call__(self, layer: AdaptedLayer, path: str) -> Adapter:
-        device, dtype = layer.site.place
-        if not dtype.is_floating_point or (self.autocast and dtype in HALF):
-            dtype = torch.float32
-        adapter = self.config.build(layer.site, path, device if self.initialise else META, dtype)
-        if self.initialise:
-            adapter.reset()
-        return adapter

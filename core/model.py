@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedModel, LoadResult
+from .adapted import AdaptedModel
+from .assign import LoadResult
 from .card import write_card
 from .config import HEADS, PeftConfig, TaskType
 from .errors import PeftWarning

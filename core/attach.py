@@ -1,0 +1,100 @@
+"""Surgery on a model: building adapters for its layers, putting wrapped layers in their place, taking them out."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .adapter import Adapter
+from .config import HEADS, PeftConfig, TaskType
+from .layer import AdaptedLayer, State
+from .targets import Place, inside, near, select
+from .tuners.copied import Copied
+
+HALF = (torch.float16, torch.bfloat16)
+META = torch.device("meta")
+
+
+def whole_modules(
+    model: nn.Module, config: PeftConfig, places: dict[str, Place], adapted: Iterable[str]
+) -> list[Place]:
+    """The modules that `config` trains whole.
+
+    Raises:
+        ValueError: a name matches nothing (one of a task's alternative heads is enough), or a module contains layers
+            that have adapters already.
+    """
+    named = {n: [p for path, p in places.items() if f".{path}".endswith(f".{n}")] for n in config.modules_to_save or ()}
+    missing = [n for n, found in named.items() if not found]
+    heads = HEADS.get(config.task_type, ()) if isinstance(config.task_type, TaskType) else ()
+    if any(n not in heads for n in missing) or (missing and len(missing) == len(named)):
+        message = f"modules_to_save={sorted(missing)} matches no module of {type(model).__name__}"
+        raise ValueError(message + near(missing, places))
+    whole = {p.path: p for found in named.values() for p in found}
+    nested = inside(whole)
+    clash = next((path for path in adapted if path not in whole and nested(path)), None)
+    if clash:
+        raise ValueError(f"{clash} has an adapter already, and modules_to_save would copy a module that contains it")
+    return list(whole.values())
+
+
+def build_adapters(
+    model: nn.Module,
+    config: PeftConfig,
+    places: dict[str, Place],
+    state: State,
+    *,
+    autocast: bool,
+    initialise: bool,
+    strict: bool,
+) -> list[tuple[Place, AdaptedLayer, Adapter]]:
+    """Adapters for everything that `config` targets or trains whole, and their layers; nothing is installed yet."""
+    adapted = [path for path, place in places.items() if isinstance(place.module, AdaptedLayer)]
+    chosen = select(model, config, places, strict)
+    whole = whole_modules(model, config, places, adapted)
+    built: list[tuple[Place, AdaptedLayer, Adapter]] = []
+    for place in chosen:
+        layer = _layer_at(place, state)
+        built.append((place, layer, _build(config, layer, place.path, autocast, initialise)))
+    for place in whole:
+        layer = _layer_at(place, state)
+        built.append((place, layer, Copied(config, layer.site, place.path, *layer.site.place)))
+    return built
+
+
+def _layer_at(place: Place, state: State) -> AdaptedLayer:
+    return place.module if isinstance(place.module, AdaptedLayer) else AdaptedLayer(place.module, state)
+
+
+def _build(config: PeftConfig, layer: AdaptedLayer, path: str, autocast: bool, initialise: bool) -> Adapter:
+    """An adapter on its layer's device: in float32 over half precision (`autocast`), else in the layer's dtype."""
+    device, dtype = layer.site.place
+    if not dtype.is_floating_point or (autocast and dtype in HALF):
+        dtype = torch.float32
+    adapter = config.build(layer.site, path, device if initialise else META, dtype)
+    if initialise:
+        adapter.reset()
+    return adapter
+
+
+def install(place: Place, module: nn.Module) -> None:
+    """Put `module` wherever the model holds this place's module."""
+    if module is not place.module:
+        for parent, child in place.holders:
+            setattr(parent, child, module)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Without the garbage collector, which would walk thousands of new modules again and again to free none."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
