@@ -4,6 +4,7 @@ import json
 import re
 from copy import deepcopy
 
+import peft
 import pytest
 import torch
 import transformers
@@ -22,6 +23,7 @@ from veneer import (
     PeftWarning,
     get_peft_model,
 )
+from veneer.core import BaseTunerLayer, LoraLayer, ModulesToSaveWrapper, get_layer_status, get_model_status
 
 
 class Net(nn.Module):
@@ -690,6 +692,50 @@ def test_long_lists_of_targets_are_condensed(tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["k", "q"]
 
 
+# ---------------------------------------------------------------- 11. scaling
+
+SCALINGS = {
+    "set_scale": lambda layer: layer.set_scale("default", 0.5),
+    "set_scale of another": lambda layer: layer.set_scale("nope", 0.5),
+    "scale_layer": lambda layer: layer.scale_layer(3.0),
+    "scale_layer twice": lambda layer: (layer.scale_layer(3.0), layer.scale_layer(2.0)),
+    "unscale_layer": lambda layer: (layer.scale_layer(3.0), layer.unscale_layer(2.0)),
+    "unscale_layer wholly": lambda layer: (
+        layer.scale_layer(3.0),
+        layer.set_scale("other", 2.0),
+        layer.unscale_layer(),
+    ),
+    "set after scaling": lambda layer: (layer.scale_layer(3.0), layer.set_scale("default", 2.0)),
+}
+
+
+@pytest.mark.parametrize("change", SCALINGS.values(), ids=SCALINGS.keys())
+@pytest.mark.parametrize("active", ["default", "other"])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_scaling_is_relative_to_the_start_and_for_active_adapters(change, active, use_rslora):
+    """The same numbers as in PEFT."""
+    scalings = []
+    for library in (peft, veneer):
+        options = {"target_modules": ["lin0"], "use_rslora": use_rslora}
+        model = library.get_peft_model(net(), library.LoraConfig(r=4, lora_alpha=6, **options))
+        model.add_adapter("other", library.LoraConfig(r=2, lora_alpha=8, **options))
+        model.set_adapter(active)
+        layer = model.base_model.model.lin0
+        change(layer)
+        scalings.append(dict(layer.scaling))
+    assert scalings[0] == pytest.approx(scalings[1])
+
+
+def test_scale_acts_on_the_output():
+    model = get_peft_model(net(), LoraConfig(target_modules=["lin0"], init_lora_weights=False)).eval()
+    layer, x = model.get_base_model().lin0, torch.randn(3, 6)
+    base, full = layer.base_layer(x), layer(x)
+    layer.set_scale("default", 0.25)
+    torch.testing.assert_close(layer(x), base + 0.25 * (full - base))
+    layer.unscale_layer()
+    torch.testing.assert_close(layer(x), full)
+
+
 # ---------------------------------------------------------------- 13. tied weights
 
 
@@ -841,3 +887,33 @@ def test_base_model_comes_back_whole(make):
     assert unloaded is base
     assert dict(base.named_modules()) == originals
     assert list(base.state_dict()) == keys
+
+
+@every_method
+def test_isinstance_checks(make):
+    base = get_peft_model(net(), make()).get_base_model()
+    has_lora = isinstance(make(), LoraConfig)
+    assert isinstance(base.lin0, BaseTunerLayer)
+    assert isinstance(base.lin0, LoraLayer) is has_lora
+    assert not isinstance(base.lin0, ModulesToSaveWrapper)
+    assert isinstance(base.head, ModulesToSaveWrapper) is bool(make().modules_to_save)
+    assert not isinstance(base.norm, (BaseTunerLayer, LoraLayer, ModulesToSaveWrapper))
+
+
+def test_status_follows_the_model():
+    model = get_peft_model(net(), lora(r=2))
+    model.add_adapter("other", lora())
+    status = get_model_status(model)
+    assert (status.base_model_type, status.adapter_model_type, status.num_adapter_layers) == ("Net", "PeftModel", 1)
+    assert (status.trainable_params, status.available_adapters) == (28, ["default", "other"])
+    assert status.requires_grad == {"default": True, "other": False}
+    assert (status.enabled, status.active_adapters, status.merged_adapters) == (True, ["default"], [])
+    model.merge_adapter()
+    assert get_model_status(model).merged_adapters == ["default"]
+    (layer,) = get_layer_status(model)
+    assert (layer.name, layer.module_type, layer.merged_adapters) == ("lin0", "Linear", ["default"])
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert not get_layer_status(model)[0].enabled
+    with pytest.raises(ValueError, match="has no adapters"):
+        get_model_status(net())
