@@ -154,6 +154,7 @@ class AdaptedModel(nn.Module):
         """
         if merge:
             self.merge(safe_merge=safe_merge, keep_original="none", progressbar=progressbar)
+            self.state.running = self.state.active  # what is merged runs from now on, disabled before or not
         elif self.state.merged:
             self.unmerge()
         self._unwrap(lambda layer: layer.replacement() if merge else layer.base_layer)
