@@ -446,6 +446,18 @@ def test_forward_never_unmerges(make):
     assert model.get_base_model().lin0.merged
 
 
+@every_method
+def test_merging_for_good_while_disabled_gives_the_adapted_model(make):
+    """As in PEFT; whole modules with the rest."""
+    model = get_peft_model(net(), make()).eval()
+    with torch.no_grad():
+        for parameter in model.base_model.parameters_of("default"):
+            parameter.add_(0.1)
+    y = model(X)
+    model.disable_adapter_layers()
+    torch.testing.assert_close(model.merge_and_unload()(X), y, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "change",
     [
