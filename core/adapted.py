@@ -6,6 +6,7 @@ handles of one model agree.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from .assign import LoadResult, assign
 from .attach import build_adapters, install, no_collection
 from .combine import Options, combine
 from .config import PeftConfig
-from .errors import MergedError
+from .errors import MergedError, PeftWarning
 from .layer import AdaptedLayer, State, set_strength
 from .targets import condense, walk
 from .train import Trainability, TrainedBias, parameter_dicts, trained_biases
@@ -198,6 +199,9 @@ class AdaptedModel(nn.Module):
 
     def enable(self, flag: bool = True) -> None:
         """Run the active adapters, or with False the bare base model, without forgetting which are active."""
+        if not flag and self.state.enabled and self.state.biases:
+            message = f"the biases that {list(self.state.biases)} trained are the base model's own, disabled or not"
+            warnings.warn(message, PeftWarning, stacklevel=3)
         with self.trainability.change():
             self.state.choose(self.state.active, flag)
 
