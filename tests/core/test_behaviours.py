@@ -605,6 +605,13 @@ def test_switching_inside_disable_adapter_counts_afterwards():
     assert trained(model) == owned(model, "other")
 
 
+def test_disabling_cannot_undo_trained_biases_and_warns():
+    model = get_peft_model(net(), lora(bias="all"))
+    with pytest.warns(PeftWarning, match="trained are the base model's own") as caught, model.disable_adapter():
+        model.disable_adapter_layers()
+    assert len(caught) == 1
+
+
 # ---------------------------------------------------------------- 9. dtype
 
 

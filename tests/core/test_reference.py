@@ -313,6 +313,20 @@ def test_files_of_real_models_go_both_ways(make, kind, options, tmp_path):
     exchange(model.eval(), kind, options, inputs, tmp_path)
 
 
+def test_embeddings_that_peft_saves_along_are_read(tmp_path):
+    """PEFT adds the base's embedding to the file of an adapter that targets it: its model may have been changed."""
+    torch.manual_seed(0)
+    base, inputs = llama()
+    changed_base = deepcopy(base)
+    with torch.no_grad():
+        changed_base.model.embed_tokens.weight.mul_(2)
+    theirs = changed(adapt_theirs(changed_base, "LoraConfig", LORA | {"target_modules": ["embed_tokens", "q_proj"]}))
+    save_theirs(theirs, tmp_path)
+    assert any("embed_tokens.base_layer.weight" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    ours = veneer.PeftModel.from_pretrained(deepcopy(base), tmp_path)
+    assert_same_outputs(theirs, ours, inputs)
+
+
 # ---------------------------------------------------------------- the papers' formulas, in float64
 
 
