@@ -11,6 +11,7 @@ from .config import PeftConfig, PeftType, TaskType, get_peft_config
 from .errors import MergedError, NoMatchingPeftModuleError, NotMergeableError, PeftError, PeftWarning
 from .files import load_adapter, save_adapter
 from .layer import AdaptedLayer, State
+from .methods import BaseTuner
 from .model import (
     PeftModel,
     delete_adapter,
@@ -34,6 +35,7 @@ __all__ = [
     "AdaptedLayer",
     "AdaptedModel",
     "Adapter",
+    "BaseTuner",
     "BaseTunerLayer",
     "Branch",
     "Dense",

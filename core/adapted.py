@@ -48,8 +48,6 @@ class AdaptedModel(nn.Module):
         """The config of every adapter, by name."""
         return self.state.configs
 
-    peft_config = configs
-
     # ---------------------------------------------------------------- attaching
 
     def add(
@@ -154,6 +152,7 @@ class AdaptedModel(nn.Module):
             safe_merge: check the merged weights for NaN and infinity before anything is written.
         """
         if merge:
+            self.enable(True)
             self.merge(safe_merge=safe_merge, keep_original="none", progressbar=progressbar)
             self.state.running = self.state.active  # what is merged runs from now on, disabled before or not
         elif self.state.merged:
@@ -308,7 +307,7 @@ class AdaptedModel(nn.Module):
             keep_original: where the original weights wait for an exact unmerge: "cpu", "device", or "none".
 
         Raises:
-            ValueError: `safe_merge` found broken weights; all layers are as they were.
+            ValueError: adapters are disabled, or `safe_merge` found broken weights; all layers are as they were.
         """
         if keep_original not in ("cpu", "device", "none"):
             raise ValueError(f"keep_original={keep_original!r} is unknown; expected 'cpu', 'device' or 'none'")
@@ -316,6 +315,8 @@ class AdaptedModel(nn.Module):
         new = tuple(n for n in names if n not in self.state.merged)
         if not new:
             return
+        if not self.state.enabled:
+            raise ValueError("adapters are disabled: enable them before merging, or the merged model would run them")
         for layer in self.layers.values():
             for name in layer.to_merge(new):
                 layer.adapters[name].check_mergeable()

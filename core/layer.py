@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, Branch, Inner, wide
+from .adapter import Adapter, Branch, Dense, Inner, wide
 from .errors import MergedError
 from .sites import Site, find
 
@@ -326,8 +326,17 @@ class AdaptedLayer(nn.Module):
         return list(self.state.active)
 
     @property
-    def active_adapter(self) -> list[str]:
-        return self.active_adapters
+    def active_adapter(self) -> str | list[str]:
+        """The name of the active adapter, or the list of several."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What an adapter adds to the weight, scaled, in the layout of the stored weight."""
+        delta = self.adapters[adapter]
+        if not isinstance(delta, Dense):
+            raise TypeError(f"{type(delta).__name__} adds nothing to the weight: it changes it otherwise")
+        return self.site.from_matrix(delta.gain * delta.delta())
 
     @property
     def disable_adapters(self) -> bool:
@@ -336,20 +345,23 @@ class AdaptedLayer(nn.Module):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Run an adapter at `scale` times its trained strength."""
         if adapter in self.adapters:
-            self.adapters[adapter].strength = scale
+            self._strengthen([adapter], lambda _: scale)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the strength of the active adapters."""
-        for adapter in self._active_here():
-            adapter.strength *= scale
+        self._strengthen(self.state.active, lambda strength: strength * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Undo `scale_layer(scale)`, or with None every change of strength, for the active adapters."""
-        for adapter in self._active_here():
-            adapter.strength = 1.0 if scale is None else adapter.strength / scale
+        self._strengthen(self.state.active, lambda strength: 1.0 if scale is None else strength / scale)
 
-    def _active_here(self) -> list[Adapter]:
-        return [self.adapters[n] for n in self.state.active if n in self.adapters]
+    def _strengthen(self, names: Iterable[str], change: Callable[[float], float]) -> None:
+        here = [n for n in names if n in self.adapters]
+        merged = [n for n in here if n in self.merged_adapters]
+        if merged:
+            raise MergedError(f"adapters {merged} are merged into the base weight: unmerge them to change their scale")
+        for name in here:
+            self.adapters[name].strength = change(self.adapters[name].strength)
 
     def __getattr__(self, name: str) -> Any:
         try:

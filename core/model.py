@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ from .card import write_card
 from .config import HEADS, PeftConfig, TaskType
 from .errors import PeftWarning
 from .files import PREFIX, load_adapter, read_config, read_weights, save_adapter
-from .layer import AdaptedLayer
+from .methods import AdapterMethods, BaseTuner
+from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status, handle_of
 
 
-class PeftModel(nn.Module):
+class PeftModel(AdapterMethods, nn.Module):
     """A base model with one or more adapters.
 
     The layers of `model` are wrapped in place. `peft_model.base_model.model` is the base model itself; anything this
@@ -36,13 +36,17 @@ class PeftModel(nn.Module):
         **_ignored: Any,
     ):
         super().__init__()
-        self.base_model = AdaptedModel(model)
+        self.base_model = BaseTuner(model)
         self.autocast_adapter_dtype = autocast_adapter_dtype
         self.add_adapter(adapter_name, peft_config)
         self.training = model.training
         if any(vars(m).get("gradient_checkpointing") for m in model.modules()):  # what transformers' own property asks
             # a frozen embedding would cut re-entrant checkpoints off the graph
             getattr(model, "enable_input_require_grads", lambda: None)()
+
+    @property
+    def handle(self) -> AdaptedModel:  # type: ignore[override]
+        return self.base_model
 
     # ---------------------------------------------------------------- loading and saving
 
@@ -67,7 +71,7 @@ class PeftModel(nn.Module):
         tensors = read_weights(model_id, **where)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self.base_model = AdaptedModel(model)
+        self.base_model = BaseTuner(model)
         self.autocast_adapter_dtype = autocast_adapter_dtype
         self._load(adapter_name, config, tensors, is_trainable)
         return self
@@ -141,123 +145,18 @@ class PeftModel(nn.Module):
                 config.base_model_name_or_path = getattr(self.get_base_model(), "name_or_path", None) or None
             save_adapter(directory, config, self.base_model.tensors(name))
 
-    # ---------------------------------------------------------------- adapters
-
-    @property
-    def peft_config(self) -> dict[str, PeftConfig]:
-        """The config of every adapter, by name."""
-        return self.base_model.configs
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The active adapters, in the order in which they run."""
-        return list(self.base_model.state.active)
-
-    @property
-    def active_adapter(self) -> str:
-        """The first active adapter."""
-        return self.active_adapters[0]
-
-    @property
-    def active_peft_config(self) -> PeftConfig:
-        return self.peft_config[self.active_adapter]
-
-    @property
-    def peft_type(self) -> Any:
-        return self.active_peft_config.peft_type
-
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, **_ignored: Any) -> None:
         """Add a fresh adapter, of any method; it becomes active only if none was."""
         _train_head(peft_config, self.get_base_model())
         self.base_model.add(adapter_name, peft_config, autocast_adapter_dtype=self.autocast_adapter_dtype)
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate one adapter or several, in this order. Frozen ones stay frozen; `inference_mode` freezes them."""
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        self.base_model.activate(*names)
-        if inference_mode:
-            self.base_model.set_trainable(names, False)
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The state of every adapted layer."""
+        return get_layer_status(self.base_model)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; if it was active, the next one becomes active."""
-        self.base_model.delete(adapter_name)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Say which adapters may be trained; they are while they are active."""
-        self.base_model.set_trainable(adapter_names, requires_grad)
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """The base model inside; the state before is restored afterwards."""
-        with self.base_model.disabled():
-            yield
-
-    def disable_adapter_layers(self) -> None:
-        self.base_model.enable(False)
-
-    def enable_adapter_layers(self) -> None:
-        self.base_model.enable(True)
-
-    def add_weighted_adapter(
-        self,
-        adapters: list[str],
-        weights: list[float],
-        adapter_name: str,
-        combination_type: str = "svd",
-        svd_rank: int | None = None,
-        svd_clamp: float | None = None,
-        svd_full_matrices: bool = True,
-        svd_driver: str | None = None,
-        density: float | None = None,
-        majority_sign_method: str = "total",
-    ) -> None:
-        """Add an adapter that is a weighted combination of others: "cat", "linear", "svd" or "ties".
-
-        `svd_full_matrices` and `svd_driver` are PEFT's ways to tune a dense SVD; none is computed here. A name that
-        exists already is left as it is, as in PEFT.
-        """
-        if adapter_name in self.peft_config:
-            return
-        self.base_model.combine(
-            adapters,
-            weights,
-            adapter_name,
-            combination_type,
-            svd_rank=svd_rank,
-            svd_clamp=svd_clamp,
-            density=density,
-            majority_sign_method=majority_sign_method,
-        )
-
-    # ---------------------------------------------------------------- merging
-
-    def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False, keep_original: str = "cpu"
-    ) -> None:
-        """Fold adapters (None: the active ones) into the base weights; `unmerge_adapter` undoes it bit for bit."""
-        names = self.active_adapters if adapter_names is None else adapter_names
-        merged = [n for n in names if n in self.base_model.state.merged]
-        if merged:
-            warnings.warn(f"Already merged: {', '.join(merged)}. Nothing to do for them.", PeftWarning, stacklevel=2)
-        self.base_model.merge(names, safe_merge, keep_original)
-
-    def unmerge_adapter(self) -> None:
-        """Put the original weights back, bit for bit."""
-        if not self.base_model.state.merged:
-            warnings.warn("Already unmerged. Nothing to do.", PeftWarning, stacklevel=2)
-        self.base_model.unmerge()
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> nn.Module:
-        """The base model with adapters folded in, and no trace of them left."""
-        if adapter_names is not None and tuple(adapter_names) != self.base_model.state.active:
-            self.base_model.activate(*adapter_names)
-        return self.base_model.detach(merge=True, safe_merge=safe_merge, progressbar=progressbar)
-
-    def unload(self) -> nn.Module:
-        """The base model with its original modules, and no trace of adapters left."""
-        return self.base_model.detach()
+    def get_model_status(self) -> TunerModelStatus:
+        """The state of all adapters together."""
+        return get_model_status(self.base_model)
 
     # ---------------------------------------------------------------- the model
 
@@ -343,21 +242,6 @@ def inject_adapter_in_model(
     """Attach a fresh adapter to `model` in place, and return the model itself rather than a `PeftModel`."""
     AdaptedModel(model).add(adapter_name, peft_config)
     return model
-
-
-def handle_of(model: nn.Module) -> AdaptedModel:
-    """The adapters of a `PeftModel`, an `AdaptedModel` or a model that was injected into.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if isinstance(model, PeftModel):
-        return model.base_model
-    if isinstance(model, AdaptedModel):
-        return model
-    if not any(isinstance(m, AdaptedLayer) for m in model.modules()):
-        raise ValueError(f"this {type(model).__name__} has no adapters")
-    return AdaptedModel(model)
 
 
 def get_peft_model_state_dict(

@@ -1,0 +1,139 @@
+"""PEFT's names for what an `AdaptedModel` does, on `PeftModel` and on its `base_model` alike."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .adapted import AdaptedModel
+from .config import PeftConfig
+from .errors import PeftWarning
+
+
+class AdapterMethods:
+    """Switching, merging and combining adapters; `handle` is the model that has them."""
+
+    handle: AdaptedModel
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The config of every adapter, by name."""
+        return self.handle.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters, in the order in which they run."""
+        return list(self.handle.state.active)
+
+    @property
+    def active_adapter(self) -> str:
+        """The first active adapter."""
+        return self.active_adapters[0]
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def peft_type(self) -> Any:
+        return self.active_peft_config.peft_type
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one adapter or several, in this order. Frozen ones stay frozen; `inference_mode` freezes them."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        self.handle.activate(*names)
+        if inference_mode:
+            self.handle.set_trainable(names, False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was active, the next one becomes active."""
+        self.handle.delete(adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Say which adapters may be trained; they are while they are active."""
+        self.handle.set_trainable(adapter_names, requires_grad)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model inside; the state before is restored afterwards."""
+        with self.handle.disabled():
+            yield
+
+    def disable_adapter_layers(self) -> None:
+        self.handle.enable(False)
+
+    def enable_adapter_layers(self) -> None:
+        self.handle.enable(True)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter that is a weighted combination of others: "cat", "linear", "svd" or "ties".
+
+        `svd_full_matrices` and `svd_driver` are PEFT's ways to tune a dense SVD; none is computed here. A name that
+        exists already is left as it is, as in PEFT.
+        """
+        if adapter_name in self.peft_config:
+            return
+        self.handle.combine(
+            adapters,
+            weights,
+            adapter_name,
+            combination_type,
+            svd_rank=svd_rank,
+            svd_clamp=svd_clamp,
+            density=density,
+            majority_sign_method=majority_sign_method,
+        )
+
+    # ---------------------------------------------------------------- merging
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, keep_original: str = "cpu"
+    ) -> None:
+        """Fold adapters (None: the active ones) into the base weights; `unmerge_adapter` undoes it bit for bit."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        merged = [n for n in names if n in self.handle.state.merged]
+        if merged:
+            warnings.warn(f"Already merged: {', '.join(merged)}. Nothing to do for them.", PeftWarning, stacklevel=2)
+        self.handle.merge(names, safe_merge, keep_original)
+
+    def unmerge_adapter(self) -> None:
+        """Put the original weights back, bit for bit."""
+        if not self.handle.state.merged:
+            warnings.warn("Already unmerged. Nothing to do.", PeftWarning, stacklevel=2)
+        self.handle.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base model with adapters folded in, and no trace of them left."""
+        if adapter_names is not None and tuple(adapter_names) != self.handle.state.active:
+            self.handle.activate(*adapter_names)
+        return self.handle.detach(merge=True, safe_merge=safe_merge, progressbar=progressbar)
+
+    def unload(self) -> nn.Module:
+        """The base model with its original modules, and no trace of adapters left."""
+        return self.handle.detach()
+
+
+class BaseTuner(AdapterMethods, AdaptedModel):
+    """The `base_model` of a `PeftModel`: adapters of any method, and PEFT's names for their verbs."""
+
+    @property
+    def handle(self) -> AdaptedModel:  # type: ignore[override]
+        return self
