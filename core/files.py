@@ -7,16 +7,13 @@ unread, since loading one runs whatever it contains.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .atomic import atomic
 from .config import PEFT_FILE_VERSION, PeftConfig
 
 CONFIG_NAME = "adapter_config.json"
@@ -24,27 +21,6 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 PREFIX = "base_model.model."
 """What PEFT puts before a module's path in its files: the path inside its own wrapper."""
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path in the same directory, renamed to `path` when the block ends well, removed when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would hide the file from other users
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .config import ConfigError
 from .generate import DrawOptions
 from .settings import to_yaml
 from .weighted import Weighted, parse_weighted
@@ -34,12 +35,24 @@ class CombineOptions:
     """How "ties" settles a sign: by the sum of the values, or by their number."""
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the core's `combine`; what does not belong to the combination is left out."""
-        by_type = {"svd": {"svd_rank": self.svd_rank}, "ties": {"density": self.density}}
-        options = by_type.get(self.combination_type, {})
-        if self.combination_type == "ties":
-            options["majority_sign_method"] = self.majority_sign_method
-        return {"combination_type": self.combination_type, **{k: v for k, v in options.items() if v is not None}}
+        """Keyword arguments of the core's `combine`.
+
+        Raises:
+            ConfigError: an option that the combination does not have, or lacks one that it needs.
+        """
+        asked = {name: getattr(self, name) for name in OPTION_OF}
+        given = {name: value for name, value in asked.items() if value != getattr(CombineOptions, name)}
+        foreign = [name for name in given if OPTION_OF[name] != self.combination_type]
+        if foreign:
+            belongs = ", ".join(f"{name} is an option of {OPTION_OF[name]!r}" for name in foreign)
+            raise ConfigError(f"{belongs}, not of {self.combination_type!r}")
+        if self.combination_type == "ties" and self.density is None:
+            raise ConfigError("'ties' needs density: the share of each adapter to keep, above 0 to 1")
+        return {"combination_type": self.combination_type, **given}
+
+
+OPTION_OF = {"svd_rank": "svd", "density": "ties", "majority_sign_method": "ties"}
+"""Which combination each further option belongs to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,25 +64,30 @@ class BlendConfig(CombineOptions, DrawOptions):
     out: Path = Path("blend")
     """Folder for the new adapter, its preview `sheet.png` and this config."""
     prompts: tuple[str, ...] = ()
-    """Columns of the preview. Not given, no preview is drawn."""
+    """Columns of the preview. Not given, what the adapters were trained to answer to, one by one and together."""
 
 
 def blend(config: BlendConfig) -> None:
     """Combine, save and preview."""
+    from ..core.files import write_text
     from .grid import contact_sheet
+    from .pipeline import save_adapter
 
     inputs = parse_weighted(config.adapters)
     if len(inputs) < 2:
         raise ValueError(f"a blend needs two adapters or more, not {len(inputs)}: give PATH or PATH=WEIGHT for each")
     pipe = config.load_pipeline()
     blended = combine(pipe, inputs, config)
-    save(config.out, blended, recipe(inputs, config, config.model))
-    (config.out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    save_adapter(config.out, blended, recipe(inputs, config, config.model))
+    write_text(config.out / "config.yaml", to_yaml(config))
     print(f"the blend is in {config.out}")
-    if config.prompts:
-        sheet = config.out / "sheet.png"
-        contact_sheet(preview(pipe, inputs, config, config.prompts)).save(sheet)
-        print(f"its preview is {sheet}")
+    prompts = config.prompts or triggers(inputs)
+    if not prompts:
+        print("no preview: the adapters do not say what they answer to; give --prompts to draw one")
+        return
+    sheet = config.out / "sheet.png"
+    contact_sheet(preview(pipe, inputs, config, prompts)).save(sheet)
+    print(f"its preview is {sheet}")
 
 
 def combine(pipe: Any, inputs: Sequence[Weighted], options: CombineOptions) -> Adapters:
@@ -90,21 +108,19 @@ def combine(pipe: Any, inputs: Sequence[Weighted], options: CombineOptions) -> A
     return blended
 
 
+def triggers(inputs: Sequence[Weighted]) -> tuple[str, ...]:
+    """The prompts that the adapters were trained to answer to, as their files tell, and all of them in one."""
+    from .pipeline import adapter_metadata
+
+    found = [trigger for adapter in inputs if (trigger := adapter_metadata(adapter.path).get("trigger"))]
+    return tuple(dict.fromkeys([*found, ", ".join(found)] if found else []))
+
+
 def recipe(inputs: Sequence[Weighted], options: CombineOptions, model: str) -> dict[str, str]:
     """How the blend was made, for the files' headers. Names of the inputs only: local folders are nobody's business."""
     made = {"blend": {name: weight for name, _, weight in inputs}, **options.arguments()}
-    return {"base_model": model, "recipe": to_yaml(made)}
-
-
-def save(folder: Path, adapters: Adapters, metadata: dict[str, str]) -> None:
-    """PEFT directories, and where diffusers knows the method its file too."""
-    from .dialects.diffusers_file import FILE_NAME, can_express, write_diffusers_file
-    from .dialects.peft_dir import write_peft_dir
-
-    folder.mkdir(parents=True, exist_ok=True)
-    write_peft_dir(folder, adapters, metadata)
-    if can_express(adapters):
-        write_diffusers_file(folder / FILE_NAME, adapters, metadata)
+    together = ", ".join(triggers(inputs)[:-1])
+    return {"base_model": model, "recipe": to_yaml(made)} | ({"trigger": together} if together else {})
 
 
 def preview(pipe: Any, inputs: Sequence[Weighted], draw: DrawOptions, prompts: Sequence[str]) -> list[Row]:

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.files import atomic, write_text
+from ..core.atomic import atomic
+from ..core.files import write_text
 from .config import DreamBoothConfig
 from .data import DataError, find_files
 from .events import Progress

@@ -119,15 +119,15 @@ def load_pipeline(model: str, revision: str | None = None) -> Any:
 
     Safety checkers are left out: they are of no use in training and cost 1.2 GB.
     """
-    from diffusers import DiffusionPipeline
-
     source = EMBEDDED_PATH if model == EMBEDDED else Path(model).expanduser()
     if source.is_dir():
         if not (source / "model_index.json").is_file():
             raise ValueError(f"{source} is not a diffusers pipeline: it holds no model_index.json")
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise ValueError(f"model={model!r} is neither a directory, nor a hub id such as owner/name, nor {EMBEDDED!r}")
-    with _without_loading_bars():
+    with _quiet_loading():
+        from diffusers import DiffusionPipeline
+
         pipe = DiffusionPipeline.from_pretrained(
             str(source) if source.is_dir() else model,
             revision=revision,
@@ -142,15 +142,19 @@ def load_pipeline(model: str, revision: str | None = None) -> Any:
 
 
 @contextmanager
-def _without_loading_bars() -> Iterator[None]:
-    """The libraries' loading bars are gone in a blink and would tear the run's own bar."""
+def _quiet_loading() -> Iterator[None]:
+    """The libraries' loading bars are gone in a blink and would tear the run's own bar; that torchvision is missing is
+    no news to somebody who does without it."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(level)
         diffusers_logging.enable_progress_bar()
         transformers_logging.enable_progress_bar()

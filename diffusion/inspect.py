@@ -17,9 +17,8 @@ from typing import Any
 
 from tyro.conf import Positional
 
+from .dialects.names import COMPONENTS
 from .settings import plain
-
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 # The tensors of each method, by the last words of their keys; the pattern's group is the module path.
 METHODS = {

@@ -8,10 +8,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from ..core import AdaptedModel
+from ..core.files import WEIGHTS_NAME, read_metadata
 from .adapters import Adapters
-from .dialects.diffusers_file import FILE_NAME, read_diffusers_file
+from .dialects.diffusers_file import FILE_NAME, can_express, read_diffusers_file, write_diffusers_file
 from .dialects.names import fit_names
-from .dialects.peft_dir import is_peft_dir, read_peft_dir
+from .dialects.peft_dir import is_peft_dir, read_peft_dir, write_peft_dir
 
 _ADAPTED: WeakKeyDictionary[Any, dict[str, AdaptedModel]] = WeakKeyDictionary()
 """Adapted components by pipeline. Kept here and not on the pipeline, which stays as its library made it."""
@@ -20,15 +21,37 @@ _ADAPTED: WeakKeyDictionary[Any, dict[str, AdaptedModel]] = WeakKeyDictionary()
 def read_adapter(path: str | Path, revision: str | None = None) -> Adapters:
     """Adapters by component, from a run directory, a folder with `unet/` or `text_encoder/`, a file in diffusers'
     format, or a hub id that holds either."""
+    local = _locate(path, revision)
+    return read_diffusers_file(local) if local.is_file() else read_peft_dir(local)
+
+
+def adapter_metadata(path: str | Path, revision: str | None = None) -> dict[str, str]:
+    """What the adapter at `path` tells of itself: `base_model`, `trigger`, `steps`, `recipe`, where it does."""
+    local = _locate(path, revision)
+    return read_metadata(local if local.is_file() else next(local.glob(f"*/{WEIGHTS_NAME}")))
+
+
+def save_adapter(folder: Path, adapters: Adapters, metadata: dict[str, str]) -> bool:
+    """Write an adapter as PEFT directories and, where diffusers knows its method, as diffusers' file too.
+
+    Returns whether it does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_peft_dir(folder, adapters, metadata)
+    if can_express(adapters):
+        write_diffusers_file(folder / FILE_NAME, adapters, metadata)
+    return can_express(adapters)
+
+
+def _locate(path: str | Path, revision: str | None) -> Path:
+    """The folder with PEFT directories or the diffusers file that `path` means."""
     local = Path(path).expanduser()
-    if local.is_file():
-        return read_diffusers_file(local)
     if not local.exists():
         local = _download(str(path), revision)
-    if is_peft_dir(local):
-        return read_peft_dir(local)
+    if local.is_file() or is_peft_dir(local):
+        return local
     if (local / FILE_NAME).is_file():
-        return read_diffusers_file(local / FILE_NAME)
+        return local / FILE_NAME
     raise FileNotFoundError(f"{path} holds no adapter: neither {FILE_NAME} nor a PEFT folder unet/ or text_encoder/")
 
 

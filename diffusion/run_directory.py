@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from ..core.atomic import atomic_folder, remove_leftovers
 from ..core.files import write_text
-from .atomic import atomic_folder, remove_leftovers
 from .config import ConfigError, DreamBoothConfig, differing_fields
 from .events import MetricsFile
 from .settings import plain, to_yaml

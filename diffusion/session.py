@@ -10,14 +10,15 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..core.files import atomic, load_adapter
+from ..core.atomic import atomic, atomic_folder
+from ..core.files import load_adapter
 from .adapters import ADAPTER, trained
-from .atomic import atomic_folder
 from .config import DreamBoothConfig
-from .dialects.diffusers_file import FILE_NAME, can_express, write_diffusers_file
+from .dialects.diffusers_file import FILE_NAME
 from .dialects.peft_dir import write_peft_dir
 from .events import Checkpoint, Done, Event, Notice, Plan, Sample, Stopped
 from .grid import contact_sheet
+from .pipeline import save_adapter
 from .place import Place
 from .prepare import Prepared
 from .run_directory import RunDirectory
@@ -148,11 +149,7 @@ class Session:
         step, root = self.config.max_train_steps, self.directory.root
         peak = torch.cuda.max_memory_allocated(self.place.device) if self.place.on_cuda else None
         if self.place.main:
-            adapters, metadata = trained(self.adapted), self._metadata(step)
-            write_peft_dir(root, adapters, metadata)
-            if can_express(adapters):
-                write_diffusers_file(root / FILE_NAME, adapters, metadata)
-            else:
+            if not save_adapter(root, trained(self.adapted), self._metadata(step)):
                 yield Notice(f"no {FILE_NAME}: diffusers' file format holds LoRA and DoRA only, without biases")
             self.directory.finish(step)
         yield Done(step, root, time.perf_counter() - self.started, peak)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "transformer")
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Parts of a pipeline that an adapter file may hold."""
 
 _TEXT_MODEL = "text_model."

@@ -78,8 +78,8 @@ def crash(*_, **__):
 
 @pytest.mark.parametrize(
     ("owner", "name", "breaks"),
-    [(safetensors.torch, "save_file", crash_in_tensors), (os, "replace", crash), (os, "chmod", crash)],
-    ids=["while writing", "before renaming", "before opening to others"],
+    [(safetensors.torch, "save_file", crash_in_tensors), (os, "replace", crash), (os, "fsync", crash)],
+    ids=["while writing", "before renaming", "before flushing"],
 )
 def test_a_crash_while_saving_keeps_the_old_files(saved, monkeypatch, owner, name, breaks):
     before = contents(saved)

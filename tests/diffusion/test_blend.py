@@ -7,11 +7,11 @@ import yaml
 from PIL import Image
 from veneer import LoraConfig, cli
 from veneer.core import AdaptedModel
-from veneer.diffusion.blend import save
 from veneer.diffusion.families import load_pipeline
 from veneer.diffusion.inspect import inspect_path
-from veneer.diffusion.pipeline import read_adapter
+from veneer.diffusion.pipeline import adapter_metadata, read_adapter, save_adapter
 
+TRIGGERS = {"told": "a sks cat", "told-too": "zwx style"}
 FAST = ("--steps", "2", "--seeds", "3", "--device", "cpu")
 
 
@@ -23,6 +23,7 @@ def adapters(tmp_path_factory):
     parts = {
         "both": {"unet": (2, ["to_q", "conv1"]), "text_encoder": (2, ["q_proj"])},
         "unet": {"unet": (3, ["to_q", "to_v"])},
+        **{name: {"unet": (2, ["to_q"])} for name in TRIGGERS},
     }
     torch.manual_seed(0)
     for name, components in parts.items():
@@ -33,7 +34,7 @@ def adapters(tmp_path_factory):
             model.add(name, config)
             made[component] = config, model.tensors(name)
             model.detach()
-        save(folder / name, made, {})
+        save_adapter(folder / name, made, {"trigger": TRIGGERS[name]} if name in TRIGGERS else {})
     return folder
 
 
@@ -85,6 +86,16 @@ def test_preview_shows_baseline_inputs_and_blend(adapters, tmp_path, capsys):
     assert yaml.safe_load((out / "config.yaml").read_text())["adapters"] == list(inputs)
 
 
+def test_without_prompts_the_preview_shows_what_the_inputs_answer_to(adapters, tmp_path, capsys):
+    run("blend", "--adapters", f"{adapters}/told", f"{adapters}/told-too", "--out", tmp_path / "blend", *FAST)
+    assert picture(tmp_path / "blend" / "sheet.png").shape[1] > 3 * 128  # the two triggers, and both in one prompt
+    assert adapter_metadata(tmp_path / "blend")["trigger"] == "a sks cat, zwx style"
+    capsys.readouterr()
+    run("blend", "--adapters", f"{adapters}/both", f"{adapters}/unet", "--out", tmp_path / "mute", *FAST)
+    assert "give --prompts" in capsys.readouterr().out
+    assert not (tmp_path / "mute" / "sheet.png").exists()
+
+
 @pytest.mark.parametrize("options", [("svd", "--svd-rank", "2"), ("ties", "--density", "0.5"), ("linear",)])
 def test_other_combinations(adapters, tmp_path, options):
     out = tmp_path / "blend"
@@ -118,6 +129,11 @@ def test_generate_writes_pictures_sheet_and_config(tmp_path):
         (("blend", "--adapters", "{}/both"), "a blend needs two adapters or more, not 1"),
         (("blend", "--adapters", "{}/both", "{}/nowhere"), "nowhere"),
         (("blend", "--adapters", "{}/both", "{}/unet", "--combination-type", "linear"), "rank"),
+        (
+            ("blend", "--adapters", "{}/both", "{}/unet", "--density", "0.5"),
+            "density is an option of 'ties', not of 'cat'",
+        ),
+        (("blend", "--adapters", "{}/both", "{}/unet", "--combination-type", "ties"), "'ties' needs density"),
         (("generate", "--prompts"), "nothing to draw"),
         (("generate", "--prompts", "a cat", "--model", "nowhere"), "nowhere"),
         (("generate", "--prompts", "a cat", "--adapters", "{}"), "holds no adapter"),

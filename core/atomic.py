@@ -1,7 +1,4 @@
-"""Folders that appear whole or not at all, also when the process is killed or the power fails.
-
-For single files there is `core.files.atomic`.
-"""
+"""Files and folders that appear whole or not at all, also when the process is killed or the power fails."""
 
 from __future__ import annotations
 
@@ -15,9 +12,23 @@ TEMPORARY = ".incomplete-"
 
 
 @contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it when the block ends well, removed when it does not."""
+    temporary = _beside(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())  # safetensors writes for the owner's eyes only
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Fill the yielded folder; it takes the place of `path` when the block ends well."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = _beside(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -30,6 +41,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process left half written in `folder`."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+
+
 def _replace_folder(new: Path, path: Path) -> None:
     """`os.replace` cannot put a folder in the place of a full one, so the old one steps aside first."""
     if path.exists():
@@ -39,12 +66,6 @@ def _replace_folder(new: Path, path: Path) -> None:
         shutil.rmtree(old)
     else:
         os.replace(new, path)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process left half written in `folder`."""
-    for path in [*folder.glob(f"{TEMPORARY}*"), *folder.glob(".*.tmp")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _sync(path: Path) -> None:
