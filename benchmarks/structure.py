@@ -29,8 +29,7 @@ import veneer
 from torch import nn
 
 TARGETS = r"layers\.\d+"
-GOALS = {"import": 10, "attach": 8, "load": 10, "switch": 50, "svd": 300, "svd, reduced": 300, "merge fp32": 4}
-GOALS["merge bf16"] = 4
+GOALS = {"import": 10, "attach": 8, "load": 10, "switch": 50, "svd": 300, "merge fp32 4096": 4, "merge bf16 4096": 4}
 
 Timing = tuple[float, float]
 """Seconds of peft and of veneer."""
@@ -149,17 +148,18 @@ def bench_blend(args: argparse.Namespace) -> dict[str, Timing]:
 def bench_merge(args: argparse.Namespace) -> dict[str, Timing]:
     results = {}
     for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        for width, layers in ((4096, 6), (2048, 24)):
 
-        def prepare(lib, dtype=dtype):
-            config = lib.LoraConfig(r=16, target_modules=TARGETS, init_lora_weights=False)
-            return lib.get_peft_model(Stack(24, 2048, dtype), config)
+            def prepare(lib, dtype=dtype, width=width, layers=layers):
+                config = lib.LoraConfig(r=16, target_modules=TARGETS, init_lora_weights=False)
+                return lib.get_peft_model(Stack(layers, width, dtype), config)
 
-        theirs, ours = prepare(peft), prepare(veneer)
-        merged = seconds(theirs.merge_adapter)
-        results[f"merge {label}, kept"] = (merged, seconds(ours.merge_adapter))
-        results[f"unmerge {label}"] = (seconds(theirs.unmerge_adapter), seconds(ours.unmerge_adapter))
-        # peft keeps no original, so this is like for like
-        results[f"merge {label}"] = (merged, seconds(lambda m=ours: m.merge_adapter(keep_original="none")))
+            theirs, ours = prepare(peft), prepare(veneer)
+            merged, size = seconds(theirs.merge_adapter), f"{label} {width}"
+            results[f"merge {size}, kept"] = (merged, seconds(ours.merge_adapter))
+            results[f"unmerge {size}"] = (seconds(theirs.unmerge_adapter), seconds(ours.unmerge_adapter))
+            # peft keeps no original, so this is like for like
+            results[f"merge {size}"] = (merged, seconds(lambda m=ours: m.merge_adapter(keep_original="none")))
     return results
 
 
@@ -182,12 +182,12 @@ def main() -> None:
     print(
         f"peft {peft.__version__}, torch {torch.__version__}, {platform.processor() or platform.machine()}, one thread"
     )
-    print(f"{'':16s}{'peft ms':>10s}{'veneer ms':>11s}{'ratio':>8s}   goal")
+    print(f"{'':22s}{'peft ms':>10s}{'veneer ms':>11s}{'ratio':>8s}   goal")
     for label, timings in rounds.items():
         theirs, ours = (statistics.median(t[i] for t in timings) for i in (0, 1))
         ratio = statistics.median(t[0] / t[1] for t in timings)
         table[label] = {"peft_s": theirs, "veneer_s": ours, "ratio": ratio}
-        print(f"{label:16s}{theirs * 1e3:10.1f}{ours * 1e3:11.2f}{ratio:7.1f}x   {GOALS.get(label, '')}")
+        print(f"{label:22s}{theirs * 1e3:10.1f}{ours * 1e3:11.2f}{ratio:7.1f}x   {GOALS.get(label, '')}")
     if args.json:
         args.json.write_text(json.dumps(table, indent=2))
 

@@ -79,11 +79,11 @@ def svd(parts: list[Part], options: Options) -> tuple[Tensor, Tensor]:
     """
     b, a = cat(parts, options)
     rank = options.svd_rank or max(p.b.shape[1] for p in parts)
-    if b.shape[1] < min(b.shape[0], a.shape[1]):
-        q_b, r_b = torch.linalg.qr(b)
-        q_a, r_a = torch.linalg.qr(a.T)
-        u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-        u, vh = q_b @ u[:, :rank], vh[:rank] @ q_a.T
+    size = b.shape[1]
+    if size < min(b.shape[0], a.shape[1]):
+        (h_b, tau_b), (h_a, tau_a) = torch.geqrf(b), torch.geqrf(a.T)
+        u, s, vh = torch.linalg.svd(h_b[:size].triu() @ h_a[:size].triu().T, full_matrices=False)
+        u, vh = _times_q(h_b, tau_b, u[:, :rank]), _times_q(h_a, tau_a, vh[:rank].T).T
     else:
         u, s, vh = torch.linalg.svd(b @ a, full_matrices=False)
         u, vh = u[:, :rank], vh[:rank]
@@ -92,6 +92,13 @@ def svd(parts: list[Part], options: Options) -> tuple[Tensor, Tensor]:
         limit = torch.quantile(torch.cat([u.flatten(), vh.flatten()]), options.svd_clamp)
         u, vh = u.clamp(-limit, limit), vh.clamp(-limit, limit)
     return u, vh
+
+
+def _times_q(reflectors: Tensor, tau: Tensor, x: Tensor) -> Tensor:
+    """Q x for Q (n, R) as `geqrf` leaves it, as reflectors, and x (R, k): cheaper than to build Q first."""
+    padded = x.new_zeros(len(reflectors), x.shape[1])
+    padded[: len(x)] = x
+    return torch.ormqr(reflectors, tau, padded)
 
 
 @combination

@@ -159,6 +159,7 @@ class AdaptedLayer(nn.Module):
 
     state: State
     site: Site
+    base_layer: nn.Module
     adapters: MutableMapping[str, Adapter]
     merged_adapters: list[str]
     _kept: dict[str, Kept | None]
@@ -166,15 +167,20 @@ class AdaptedLayer(nn.Module):
 
     def __init__(self, base_layer: nn.Module, state: State):
         super().__init__()
-        self.adapters = nn.ModuleDict()  # type: ignore[assignment]  # a MutableMapping in all but name
-        self.base_layer = base_layer
+        self._modules.update(
+            adapters=nn.ModuleDict(), base_layer=base_layer
+        )  # there are thousands of layers
         self.__dict__.update(state=state, merged_adapters=[], _kept={}, training=base_layer.training)
+        self._describe_base()
+
+    def _describe_base(self) -> None:
+        site_class = find(type(self.base_layer)) or Site
+        self.__dict__.update(site=site_class(self.base_layer), _stacks={})
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "base_layer":  # somebody may replace it later: quantisation, FSDP, dispatch
-            site_class = find(type(value)) or Site
-            self.__dict__.update(site=site_class(value), _stacks={})
+        if name == "base_layer":  # somebody replaces it: quantisation, FSDP, dispatch
+            self._describe_base()
             for adapter in self.adapters.values():
                 adapter.site = self.site
 

@@ -38,11 +38,11 @@ class PeftModel(AdapterMethods, nn.Module):
         super().__init__()
         self.base_model = BaseTuner(model)
         self.autocast_adapter_dtype = autocast_adapter_dtype
-        self.add_adapter(adapter_name, peft_config)
         self.training = model.training
         if any(vars(m).get("gradient_checkpointing") for m in model.modules()):  # what transformers' own property asks
             # a frozen embedding would cut re-entrant checkpoints off the graph
             getattr(model, "enable_input_require_grads", lambda: None)()
+        self.add_adapter(adapter_name, peft_config)
 
     @property
     def handle(self) -> AdaptedModel:  # type: ignore[override]

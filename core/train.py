@@ -25,8 +25,10 @@ ParameterDicts = list[dict[str, Any]]
 
 def parameter_dicts(layers: Iterable[AdaptedLayer], name: str) -> ParameterDicts:
     """Where the parameters of adapter `name` live."""
-    adapters = (layer.adapters[name] for layer in layers if name in layer.adapters)
-    return [m._parameters for adapter in adapters for m in adapter.modules() if m._parameters]
+    modules: list[nn.Module] = [layer.adapters[name] for layer in layers if name in layer.adapters]
+    for module in modules:
+        modules.extend(m for m in module._modules.values() if m is not None)
+    return [m._parameters for m in modules if m._parameters]
 
 
 _is_tensor = partial(operator.is_not, None)
