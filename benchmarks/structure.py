@@ -98,12 +98,11 @@ def bench_load(args: argparse.Namespace) -> dict[str, Timing]:
 
 
 def bench_switch(args: argparse.Namespace) -> dict[str, Timing]:
-    def prepare(lib):
-        model = lib.get_peft_model(Stack(args.layers), lib.LoraConfig(r=8, target_modules=TARGETS), "a")
-        model.add_adapter("b", lib.LoraConfig(r=8, target_modules=TARGETS))
+    def prepare(lib, frozen):
+        configs = [lib.LoraConfig(r=8, target_modules=TARGETS, inference_mode=frozen) for _ in range(2)]
+        model = lib.get_peft_model(Stack(args.layers), configs[0], "a")
+        model.add_adapter("b", configs[1])
         return model
-
-    models = prepare(peft), prepare(veneer)
 
     def switch(model):
         return seconds(lambda: (model.set_adapter("b"), model.set_adapter("a"))) / 2
@@ -111,8 +110,13 @@ def bench_switch(args: argparse.Namespace) -> dict[str, Timing]:
     def delete(model):
         return seconds(lambda: model.delete_adapter("b"))
 
-    switched = tuple(statistics.median(switch(m) for _ in range(5)) for m in models)
-    return {"switch": switched, "delete": tuple(delete(m) for m in models)}  # type: ignore[dict-item]
+    frozen, models = [[prepare(lib, flag) for lib in (peft, veneer)] for flag in (True, False)]
+    results = {
+        "switch": tuple(statistics.median(switch(m) for _ in range(5)) for m in frozen),
+        "switch, trainable": tuple(statistics.median(switch(m) for _ in range(5)) for m in models),
+        "delete": tuple(delete(m) for m in models),
+    }
+    return results  # type: ignore[return-value]
 
 
 def bench_blend(args: argparse.Namespace) -> dict[str, Timing]:
