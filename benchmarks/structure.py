@@ -111,12 +111,11 @@ def bench_switch(args: argparse.Namespace) -> dict[str, Timing]:
         return seconds(lambda: model.delete_adapter("b"))
 
     frozen, models = [[prepare(lib, flag) for lib in (peft, veneer)] for flag in (True, False)]
-    results = {
+    return {  # type: ignore[return-value]
         "switch": tuple(statistics.median(switch(m) for _ in range(5)) for m in frozen),
         "switch, trainable": tuple(statistics.median(switch(m) for _ in range(5)) for m in models),
         "delete": tuple(delete(m) for m in models),
     }
-    return results  # type: ignore[return-value]
 
 
 def bench_blend(args: argparse.Namespace) -> dict[str, Timing]:
