@@ -167,9 +167,7 @@ class AdaptedLayer(nn.Module):
 
     def __init__(self, base_layer: nn.Module, state: State):
         super().__init__()
-        self._modules.update(
-            adapters=nn.ModuleDict(), base_layer=base_layer
-        )  # there are thousands of layers
+        self._modules.update(adapters=nn.ModuleDict(), base_layer=base_layer)  # there are thousands of layers
         self.__dict__.update(state=state, merged_adapters=[], _kept={}, training=base_layer.training)
         self._describe_base()
 
