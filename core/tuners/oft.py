@@ -84,6 +84,12 @@ class OFT(Transform):
         self.factor = "oft_embedding_R" if embedding else "oft_R"
         self.add_module(self.factor, Factor(self.new(1 if config.block_share else self.r, size * (size - 1) // 2)))
 
+        # on the layer's own device, since `device` is the meta device where tensors are to be assigned
+        self.register_buffer("upper", torch.triu_indices(size, size, 1, device=site.device), persistent=False)
+
+    upper: Tensor
+    """Rows and columns of the strict upper triangle, (2, size (size - 1) / 2)."""
+
     @property
     def angles(self) -> Tensor:
         """Upper triangles of Q: (blocks, size (size - 1) / 2)."""
@@ -99,8 +105,7 @@ class OFT(Transform):
         """Q (blocks, size, size)."""
         angles, size = self.angles, self.oft_block_size
         q = angles.new_zeros(len(angles), size, size)
-        rows, cols = torch.triu_indices(size, size, 1, device=q.device)
-        q[:, rows, cols] = angles
+        q[:, self.upper[0], self.upper[1]] = angles
         q = q - q.mT
         if self.config.coft:  # projected in value, with the gradient of the unprojected
             radius = self.config.eps / len(q) ** 0.5
