@@ -288,7 +288,7 @@ class AdaptedModel(nn.Module):
         """
         found = self.adapters(name), self._biases(name)
         result = assign(name, tensors, *found, self.model, strict=strict, missing_ok=missing_ok)
-        self._track(name)
+        self.trainability.refresh(name)
         return result
 
     # ---------------------------------------------------------------- merging

@@ -51,6 +51,11 @@ class Trainability:
         self.held[name] = held
         self._set([name], name in learning(self.state))
 
+    def refresh(self, name: str) -> None:
+        """After some of its parameters were replaced by frozen ones."""
+        if name in learning(self.state):
+            self._set([name], True)
+
     @contextmanager
     def change(self):
         """Around any change of the state: afterwards, adapters whose outcome differs get it."""
