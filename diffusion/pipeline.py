@@ -58,12 +58,15 @@ def _locate(path: str | Path, revision: str | None) -> Path:
 def _download(name: str, revision: str | None) -> Path:
     """The adapter files of a hub repository; nothing else of it."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[FILE_NAME, "*/adapter_*"]))
-    except (HFValidationError, RepositoryNotFoundError):
-        raise FileNotFoundError(f"{name} is neither a file or folder here nor a repository on the hub") from None
+    except HFValidationError:
+        raise FileNotFoundError(f"{name} is neither a file nor a folder, and cannot be a repository's name") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(f"{name} is neither a file nor a folder, and on the hub: {reason}") from error
 
 
 def load_adapter(
