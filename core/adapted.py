@@ -267,16 +267,16 @@ class AdaptedModel(nn.Module):
                 Nothing has changed then.
         """
         thawed = [] if self.configs else [p for p in self.model.parameters() if p.requires_grad]
-        self.add(name, config, trainable=trainable, autocast_adapter_dtype=autocast_adapter_dtype, initialise=False)
-        try:
-            with no_collection():
+        with no_collection():
+            self.add(name, config, trainable=trainable, autocast_adapter_dtype=autocast_adapter_dtype, initialise=False)
+            try:
                 return self.assign(name, tensors, strict=strict, missing_ok=missing_ok)
-        except Exception:
-            self.delete(name)
-            self._unwrap(lambda layer: None if layer.adapters else layer.base_layer)
-            for parameter in thawed:
-                parameter.requires_grad = True
-            raise
+            except Exception:
+                self.delete(name)
+                self._unwrap(lambda layer: None if layer.adapters else layer.base_layer)
+                for parameter in thawed:
+                    parameter.requires_grad = True
+                raise
 
     def assign(
         self, name: str, tensors: dict[str, Tensor], *, strict: bool = True, missing_ok: bool = False

@@ -90,11 +90,17 @@ def install(place: Place, module: nn.Module) -> None:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Without the garbage collector, which would walk thousands of new modules again and again to free none."""
+    """Without the garbage collector, which would walk thousands of new modules again and again to free none.
+
+    Afterwards they count as old, as what lives long does, rather than be walked at once.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was_enabled:
+            if gc.get_freeze_count() == 0:  # nobody has frozen objects, whom this would thaw
+                gc.freeze()
+                gc.unfreeze()  # back into the oldest generation
             gc.enable()

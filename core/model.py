@@ -101,21 +101,27 @@ class PeftModel(AdapterMethods, nn.Module):
         autocast: bool | None = None,
     ) -> LoadResult:
         config.inference_mode = not trainable
-        result = self.base_model.load(
-            name,
-            config,
-            tensors,
-            trainable=trainable,
-            autocast_adapter_dtype=self.autocast_adapter_dtype if autocast is None else autocast,
-            missing_ok=True,
-        )
+        training = [] if trainable else [m for m in self.modules() if m.training]
+        if training:
+            self.eval()  # before there are adapters, which take after their layers
+        try:
+            result = self.base_model.load(
+                name,
+                config,
+                tensors,
+                trainable=trainable,
+                autocast_adapter_dtype=self.autocast_adapter_dtype if autocast is None else autocast,
+                missing_ok=True,
+            )
+        except Exception:
+            for module in training:
+                module.training = True
+            raise
         if result.missing_keys:
             keys = [f"{PREFIX}{_with_name(key, name)}" for key in result.missing_keys]
             warnings.warn(
                 f"Found missing adapter keys while loading the checkpoint: {keys}.", PeftWarning, stacklevel=3
             )
-        if not trainable:
-            self.eval()
         return result
 
     def save_pretrained(
