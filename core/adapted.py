@@ -245,9 +245,13 @@ class AdaptedModel(nn.Module):
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The adapter's tensors under the names of its file, without prefix: `path.lora_A.weight`."""
-        found = {f"{path}.{key}": held[k] for path, a in self.adapters(name).items() for key, held, k in a.slots()}
-        trained = {key: bias.parameter for key, bias in self._biases(name).items()}
-        return {key: tensor.detach() for key, tensor in (found | trained).items()}
+        return {key: tensor.detach() for key, tensor in self.held_tensors(name).items()}
+
+    def held_tensors(self, name: str) -> dict[str, Tensor]:
+        """As `tensors`, but the very parameters and buffers that the model holds."""
+        slots = [(path, *slot) for path, adapter in self.adapters(name).items() for slot in adapter.slots()]
+        found: dict[str, Tensor] = {f"{path}.{key}": held[k] for path, key, held, k in slots}
+        return found | {key: bias.parameter for key, bias in self._biases(name).items()}
 
     def load(
         self,

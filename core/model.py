@@ -33,9 +33,10 @@ class PeftModel(AdapterMethods, nn.Module):
         peft_config: PeftConfig,
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
-        **_ignored: Any,
+        **options: Any,
     ):
         super().__init__()
+        _accept(options)
         self.base_model = BaseTuner(model)
         self.autocast_adapter_dtype = autocast_adapter_dtype
         self.training = model.training
@@ -130,9 +131,14 @@ class PeftModel(AdapterMethods, nn.Module):
         safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
         is_main_process: bool = True,
-        **_ignored: Any,
+        state_dict: dict[str, Tensor] | None = None,
+        **options: Any,
     ) -> None:
-        """Write the adapters as `peft` reads them: "default" into the directory, others into folders of their name."""
+        """Write the adapters as `peft` reads them: "default" into the directory, others into folders of their name.
+
+        A `state_dict` of the whole model, gathered shards for example, is taken for the values where one is given.
+        """
+        _accept(options)
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle; adapters are written as safetensors only")
         if Path(save_directory).is_file():
@@ -149,10 +155,12 @@ class PeftModel(AdapterMethods, nn.Module):
             config = self.peft_config[name]
             if config.base_model_name_or_path is None:
                 config.base_model_name_or_path = getattr(self.get_base_model(), "name_or_path", None) or None
-            save_adapter(directory, config, self.base_model.tensors(name))
+            tensors = get_peft_model_state_dict(self, state_dict, name)
+            save_adapter(directory, config, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()})
 
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, **_ignored: Any) -> None:
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, **options: Any) -> None:
         """Add a fresh adapter, of any method; it becomes active only if none was."""
+        _accept(options)
         _train_head(peft_config, self.get_base_model())
         self.base_model.add(adapter_name, peft_config, autocast_adapter_dtype=self.autocast_adapter_dtype)
 
@@ -198,10 +206,36 @@ def _with_name(key: str, name: str) -> str:
     return f"{path}.{name}.{last}" if last in ("weight", "bias") else f"{key}.{name}"
 
 
+_WHERE = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
+_UNNEEDED = {
+    *("torch_device", "low_cpu_mem_usage", "ephemeral_gpu_offload", "use_safetensors", "offload_folder"),
+    *("unwrap_compiled",),
+}
+"""Options of PEFT that tune how it works and change no result: accepted, and without effect here."""
+_AT_REST = {
+    "key_mapping": {None},
+    "ignore_mismatched_sizes": {False},
+    "path_initial_model_for_weight_conversion": {None},
+    "save_embedding_layers": {"auto", False},
+}
+"""Options of PEFT that could change the result: accepted only with values that ask for nothing."""
+
+
+def _accept(options: dict[str, Any]) -> None:
+    """Raise for an option that would be ignored though it matters, or that nobody knows."""
+    refused = sorted(
+        k
+        for k, v in options.items()
+        if k not in _UNNEEDED and not any(v is rest or v == rest for rest in _AT_REST.get(k, ()))
+    )
+    if refused:
+        raise TypeError(f"unexpected or unsupported options: {', '.join(refused)}")
+
+
 def _where(options: dict[str, Any]) -> dict[str, Any]:
     """The options that say where an adapter is, under the names of `files`."""
-    found = {k: options.get(k) for k in ("subfolder", "revision", "token", "cache_dir", "force_download")}
-    return {k: v for k, v in found.items() if v is not None}
+    _accept({k: v for k, v in options.items() if k not in _WHERE})
+    return {k: options[k] for k in _WHERE if options.get(k) is not None}
 
 
 def _train_head(config: PeftConfig, model: nn.Module) -> None:
@@ -218,7 +252,7 @@ def get_peft_model(
     mixed: bool = False,
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
-    **_ignored: Any,
+    **options: Any,
 ) -> PeftModel:
     """Wrap `model` with a fresh, trainable adapter and freeze everything else.
 
@@ -231,6 +265,7 @@ def get_peft_model(
         >>> model.print_trainable_parameters()
         trainable params: 32 || all params: 104 || trainable%: 30.7692
     """
+    _accept(options)
     peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
     if revision is not None:
         peft_config.revision = revision
@@ -243,37 +278,37 @@ def get_peft_model(
 
 
 def inject_adapter_in_model(
-    peft_config: PeftConfig, model: nn.Module, adapter_name: str = "default", **_ignored: Any
+    peft_config: PeftConfig, model: nn.Module, adapter_name: str = "default", **options: Any
 ) -> nn.Module:
     """Attach a fresh adapter to `model` in place, and return the model itself rather than a `PeftModel`."""
+    _accept(options)
     AdaptedModel(model).add(adapter_name, peft_config)
     return model
 
 
 def get_peft_model_state_dict(
-    model: nn.Module, state_dict: dict[str, Tensor] | None = None, adapter_name: str = "default", **_ignored: Any
+    model: nn.Module, state_dict: dict[str, Tensor] | None = None, adapter_name: str = "default", **options: Any
 ) -> dict[str, Tensor]:
     """The tensors of one adapter under the names of its file.
 
     With PEFT's prefix for a `PeftModel`, without for a model that was injected into. A `state_dict` of the whole model
     is taken for the values where one is given (gathered shards, for example).
     """
+    _accept(options)
     prefix = PREFIX if isinstance(model, PeftModel) else ""
     handle = handle_of(model)
     if state_dict is None:
         return {prefix + key: tensor for key, tensor in handle.tensors(adapter_name).items()}
-    found = {}
-    for path, adapter in handle.adapters(adapter_name).items():
-        inside = {id(t): k for k, t in adapter.state_dict(keep_vars=True).items()}
-        for key, held, k in adapter.slots():
-            found[f"{prefix}{path}.{key}"] = state_dict[f"{prefix}{path}.adapters.{adapter_name}.{inside[id(held[k])]}"]
-    return found
+    live_names = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
+    held = handle.held_tensors(adapter_name)
+    return {prefix + key: state_dict[live_names[id(tensor)]] for key, tensor in held.items()}
 
 
 def set_peft_model_state_dict(
-    model: nn.Module, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default", **_ignored: Any
+    model: nn.Module, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default", **options: Any
 ) -> LoadResult:
     """Overwrite one adapter's tensors; the given dict stays as it is. Returns missing and unexpected keys."""
+    _accept(options)
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in peft_model_state_dict.items()}
     return handle_of(model).assign(adapter_name, tensors, strict=False)
 

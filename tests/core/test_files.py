@@ -438,3 +438,24 @@ def test_saving_is_deterministic(tmp_path):
         torch.manual_seed(0)
         adapted(target_modules=["2", "0"]).save_pretrained(tmp_path / name)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_options_that_would_be_ignored_are_refused(saved, tmp_path):
+    with pytest.raises(TypeError, match="is_trainble"):
+        PeftModel.from_pretrained(net(), saved, is_trainble=True)
+    with pytest.raises(TypeError, match="key_mapping"):
+        PeftModel.from_pretrained(net(), saved, key_mapping={"a": "b"})
+    model = PeftModel.from_pretrained(net(), saved, low_cpu_mem_usage=True, key_mapping=None)
+    with pytest.raises(TypeError, match="path_initial_model_for_weight_conversion"):
+        model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion="start")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_given_state_dict_is_what_is_saved(saved, tmp_path):
+    model = PeftModel.from_pretrained(net(), saved)
+    model.save_pretrained(tmp_path / "out", state_dict={key: tensor + 1 for key, tensor in model.state_dict().items()})
+    before, after = load_adapter(saved)[1], load_adapter(tmp_path / "out")[1]
+    for key in before:
+        torch.testing.assert_close(after[key], before[key] + 1)
+    with pytest.raises(TypeError, match="save_embedding_layers"):
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
