@@ -22,7 +22,7 @@ from .attach import build_adapters, install, no_collection
 from .combine import Options, combine
 from .config import PeftConfig
 from .errors import MergedError, PeftWarning
-from .layer import AdaptedLayer, State, set_strength
+from .layer import AdaptedLayer, State
 from .targets import condense, walk
 from .train import Trainability, TrainedBias, parameter_dicts, trained_biases
 from .tuners.lora import LoRA, lora_config
@@ -239,7 +239,8 @@ class AdaptedModel(nn.Module):
         """
         if name in self.state.merged:
             raise MergedError(f"adapter {name!r} is merged into the base weights: unmerge it to change its weight")
-        set_strength(list(self.adapters(name).values()), weight)
+        for adapter in self.adapters(name).values():
+            adapter.strength = weight
 
     # ---------------------------------------------------------------- tensors
 

@@ -381,9 +381,3 @@ class AdaptedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_stacks": {}}
-
-
-def set_strength(adapters: list[Adapter], strength: float) -> None:
-    """Apply adapters at a fraction (or multiple) of what they were trained to."""
-    for adapter in adapters:
-        adapter.strength = strength
