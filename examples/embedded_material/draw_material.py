@@ -1,8 +1,8 @@
-"""Draw the demo's training images: two subjects and one style, from openly licensed emoji art.
+"""Draw the bundled training images: four subjects and two styles, from openly licensed emoji art.
 
     python draw_material.py --packages packages --output ../../diffusion/embedded
 
-writes `subjects/teddy`, `subjects/robot` and `styles/ink` below the output folder: `01.png`, `01.txt`, `02.png`, ...
+writes `subjects/teddy`, ..., `styles/ink`, ... below the output folder: `01.png`, `01.txt`, `02.png`, ...
 README.md beside this file says how to fetch the packages. The result is a pure function of them: no randomness.
 """
 
@@ -35,6 +35,7 @@ class Scene:
     caption: str
     icon: str
     ground: str = "white"  # a key of GROUNDS
+    ink: Colour | None = None  # the icon in this one colour; None keeps its own
     size: float = 0.88  # side of the icon, in sides of the image
     degrees: float = 0.0  # rotation, counter-clockwise
     mirrored: bool = False
@@ -96,6 +97,7 @@ GROUNDS: dict[str, Callable[[Plane, Plane], Picture]] = {
     "beach": beach,
     "night": night,
     "snow": snow,
+    "blueprint": plain((34, 78, 158)),
 }
 
 
@@ -121,19 +123,22 @@ STYLE_ICONS = """red-apple dog-face rose rocket pizza house automobile strawberr
 tulip banana guitar hamburger bear crying-face frog bicycle whale hot-beverage key rabbit-face"""
 
 
-def style(words: str) -> list[Scene]:
+def style(words: str, ground: str = "white", ink: Colour | None = None) -> list[Scene]:
     """Many things in one hand: the only fact that all the captions share is the style's word."""
     scenes = []
     for icon in STYLE_ICONS.split():
         article = "an" if icon[0] in "aeiou" else "a"
-        scenes.append(Scene(f"{article} {icon.replace('-', ' ')}, {words}", icon))
+        scenes.append(Scene(f"{article} {icon.replace('-', ' ')}, {words}", icon, ground, ink))
     return scenes
 
 
 MATERIAL: dict[str, tuple[str, list[Scene]]] = {  # folder below the output -> (package of the art, scenes)
     "subjects/teddy": (NOTO, subject("teddy-bear", "sks bear")),
     "subjects/robot": (NOTO, subject("robot", "sks face")),
+    "subjects/parrot": (NOTO, subject("parrot", "sks bird")),
+    "subjects/racing_car": (NOTO, subject("racing-car", "sks car")),
     "styles/ink": (HIGH_CONTRAST, style("zwx style")),
+    "styles/blueprint": (HIGH_CONTRAST, style("qvy style", "blueprint", (236, 244, 255))),
 }
 
 
@@ -154,8 +159,15 @@ def draw(scene: Scene, icon: Image.Image) -> Image.Image:
     right, down = axis[None, :, None], axis[:, None, None]
     ground = np.broadcast_to(GROUNDS[scene.ground](right, down), (CANVAS, CANVAS, 3))
     image = Image.fromarray(ground.round().clip(0, 255).astype(np.uint8)).convert("RGBA")
-    image.alpha_composite(placed(scene, icon))
+    image.alpha_composite(placed(scene, icon if scene.ink is None else in_one_colour(icon, scene.ink)))
     return image.convert("RGB").reduce(FINE)
+
+
+def in_one_colour(icon: Image.Image, colour: Colour) -> Image.Image:
+    """The icon's shape alone."""
+    flat = Image.new("RGBA", icon.size, (*colour, 255))
+    flat.putalpha(icon.getchannel("A"))
+    return flat
 
 
 def placed(scene: Scene, icon: Image.Image) -> Image.Image:
