@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
 from math import isfinite
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from .layer import AdaptedLayer, State
 from .targets import condense, walk
 from .train import Trainability, TrainedBias, parameter_dicts, trained_biases
 from .tuners.lora import LoRA, lora_config
+from .weights import Weight, resolve
 
 
 class AdaptedModel(nn.Module):
@@ -130,10 +132,11 @@ class AdaptedModel(nn.Module):
         self._known(name)
         if name in self.state.merged:
             raise MergedError(f"adapter {name!r} is merged into the base weights: unmerge it before deleting it")
-        left = tuple(n for n in self.state.active if n != name)
-        rest = [n for n in self.configs if n != name]
         with self.trainability.change():
-            self.state.choose(left or tuple(rest[:1]), self.state.enabled)
+            if name in self.state.active:
+                left = tuple(n for n in self.state.active if n != name)
+                rest = (n for n in self.configs if n != name)
+                self.state.choose(left or tuple(islice(rest, 1)), self.state.enabled)
             self.state.trainable.discard(name)
             del self.configs[name]
         for bias in self.state.biases.pop(name, {}).values():
@@ -144,24 +147,38 @@ class AdaptedModel(nn.Module):
         self._forget_stacks()
         self.trainability.held.pop(name, None)
 
-    def detach(self, merge: bool = False, safe_merge: bool = False, progressbar: bool = False) -> nn.Module:
+    def detach(self) -> nn.Module:
         """Put the original module objects back and return the model, free of any trace of adapters.
 
-        Arguments:
-            merge: fold the active adapters into the weights first, for good.
-            safe_merge: check the merged weights for NaN and infinity before anything is written.
+        Raises:
+            MergedError: as `unmerge`; nothing has changed then.
         """
-        if merge:
-            self.enable(True)
-            self.merge(safe_merge=safe_merge, keep_original="none", progressbar=progressbar)
-            self.state.running = self.state.active  # what is merged runs from now on, disabled before or not
-        elif self.state.merged:
-            self.unmerge()
-        self._unwrap(lambda layer: layer.replacement() if merge else layer.base_layer)
-        if merge:
-            _note_untied(self.model)
-        for bias in [] if merge else [b for found in self.state.biases.values() for b in found.values()]:
+        self.unmerge()
+        self._unwrap(lambda layer: layer.base_layer)
+        for bias in (b for found in self.state.biases.values() for b in found.values()):
             bias.restore()
+        return self._forget_adapters()
+
+    def merge_and_detach(
+        self,
+        names: Iterable[str] | None = None,
+        safe_merge: bool = False,
+        progressbar: bool = False,
+        weights: Mapping[str, Weight] | None = None,
+    ) -> nn.Module:
+        """Fold adapters into the weights for good, in place, and return the plain model.
+
+        The arguments are those of `merge`; disabled or not, what is named is merged, and what was merged before stays.
+
+        Raises:
+            ValueError, MergedError, NotMergeableError: as `merge`; nothing has changed then.
+        """
+        self._merge(names, weights, safe_merge, "none", progressbar)
+        self._unwrap(lambda layer: layer.replacement(self.state.merged))
+        _note_untied(self.model)
+        return self._forget_adapters()
+
+    def _forget_adapters(self) -> nn.Module:
         self.state = State()
         self.trainability = Trainability(self.state)
         return self.model
@@ -231,16 +248,25 @@ class AdaptedModel(nn.Module):
         self._known(name)
         return {path: layer.adapters[name] for path, layer in self.layers.items() if name in layer.adapters}
 
-    def set_weight(self, name: str, weight: float) -> None:
+    def set_weight(self, name: str, weight: Weight) -> None:
         """Apply an adapter at a multiple of its trained strength: 0 is the base model, 1 the adapter as trained.
 
+        weight: one for all layers, or by block: `{"up_blocks": 0.8, "down_blocks": 0.3}` (see `weights.resolve`).
+
         Raises:
+            ValueError: no such adapter, a weight that is no number, a pattern that matches none of its layers.
             MergedError: it is merged, where no weight reaches it.
         """
+        adapters = self.adapters(name)
         if name in self.state.merged:
             raise MergedError(f"adapter {name!r} is merged into the base weights: unmerge it to change its weight")
-        for adapter in self.adapters(name).values():
-            adapter.strength = weight
+        for path, strength in resolve(weight, adapters).items():
+            adapters[path].strength = strength
+
+    @staticmethod
+    def _set_strengths(strengths: Iterable[tuple[Adapter, float]]) -> None:
+        for adapter, strength in strengths:
+            adapter.strength = strength
 
     # ---------------------------------------------------------------- tensors
 
@@ -304,45 +330,110 @@ class AdaptedModel(nn.Module):
         safe_merge: bool = False,
         keep_original: str = "cpu",
         progressbar: bool = False,
+        weights: Mapping[str, Weight] | None = None,
     ) -> None:
-        """Fold adapters (None: the active ones) into the base weights, in float32 with one rounding.
+        """Fold adapters into the base weights, in float32 with one rounding. Until `unmerge`, exactly they run.
 
         Arguments:
+            names: which; None takes those in `weights`, or the active ones.
             safe_merge: refuse weights that would become NaN or infinite.
-            keep_original: where the original weights wait for an exact unmerge: "cpu", "device", or "none".
+            keep_original: where the original weights wait for an exact unmerge: "cpu", "device", or "none". With
+                "none" the weights are overwritten where they lie, with temporaries of one layer.
+            weights: by adapter, how much of it is merged, as `set_weight` takes it, and sets it; it holds after
+                `unmerge` too.
 
         Raises:
-            ValueError: adapters are disabled, or `safe_merge` found broken weights; all layers are as they were.
+            ValueError: an unknown adapter or pattern, adapters are disabled, two replace the same module, or
+                `safe_merge` found broken weights.
+            MergedError: one in `weights` is merged already.
+            NotMergeableError: a method that is no change of weights.
+            All layers are as they were then.
         """
-        if keep_original not in ("cpu", "device", "none"):
-            raise ValueError(f"keep_original={keep_original!r} is unknown; expected 'cpu', 'device' or 'none'")
-        names = tuple(self._known(n) for n in (self.state.active if names is None else names))
-        new = tuple(n for n in names if n not in self.state.merged)
-        if not new:
-            return
         if not self.state.enabled:
             raise ValueError("adapters are disabled: enable them before merging, or the merged model would run them")
-        for layer in self.layers.values():
+        self._merge(names, weights, safe_merge, keep_original, progressbar)
+
+    def check_merge(
+        self,
+        names: Iterable[str] | None = None,
+        safe_merge: bool = False,
+        progressbar: bool = False,
+        weights: Mapping[str, Weight] | None = None,
+    ) -> None:
+        """Raise what `merge` would raise for these arguments; nothing changes."""
+        with ExitStack() as undo:
+            self._check_merge(names, weights or {}, safe_merge, progressbar, undo)
+
+    def _check_merge(
+        self,
+        names: Iterable[str] | None,
+        weights: Mapping[str, Weight],
+        safe_merge: bool,
+        progressbar: bool,
+        undo: ExitStack,
+    ) -> tuple[str, ...]:
+        """Set the weights, until `undo`, and find out what there is to merge then."""
+        names = (weights or self.state.active) if names is None else names
+        names = [names] if isinstance(names, str) else list(names)
+        foreign = sorted(weights.keys() - set(names))
+        if foreign:
+            raise ValueError(f"weights has {foreign}, which are not among the adapters to merge: {names}")
+        new = tuple(dict.fromkeys(self._known(n) for n in names if n not in self.state.merged))
+        undo.callback(self._set_strengths, [(a, a.strength) for n in weights for a in self.adapters(n).values()])
+        for name, weight in weights.items():
+            self.set_weight(name, weight)
+        self._check_together((*self.state.merged, *new))
+        here = {path: layer for path, layer in self.layers.items() if layer.to_merge(new)}
+        for layer in here.values():
             for name in layer.to_merge(new):
                 layer.adapters[name].check_mergeable()
         if safe_merge:
-            for path, layer in self.layers.items():
-                here = layer.to_merge(new)
-                if here and not all(t is None or t.isfinite().all() for t in layer.folded(here)):
-                    raise ValueError(
-                        f"NaNs detected in the merged weights of {path}. The adapter {here[-1]} seems to be broken"
-                    )
-        shared = _shared_parameters(self.model) if keep_original == "none" else set()
-        for layer in tqdm(self.layers.values(), "merging", disable=not progressbar, unit="layer"):
-            alone = keep_original == "none" and id(layer.site.module._parameters.get("weight")) not in shared
-            layer.merge(new, keep_original, in_place=alone)
-        self.state.merged = (*self.state.merged, *new)
+            for path, layer in tqdm(here.items(), "checking", disable=not progressbar, unit="layer"):
+                layer.check_merge(new, path)
+        return new
+
+    def _merge(
+        self,
+        names: Iterable[str] | None,
+        weights: Mapping[str, Weight] | None,
+        safe_merge: bool,
+        keep_original: str,
+        progressbar: bool,
+    ) -> None:
+        if keep_original not in ("cpu", "device", "none"):
+            raise ValueError(f"keep_original={keep_original!r} is unknown; expected 'cpu', 'device' or 'none'")
+        with ExitStack() as undo:
+            new = self._check_merge(names, weights or {}, safe_merge, progressbar, undo)
+            undo.callback(self._undo_partial_merge)
+            shared = _shared_parameters(self.model) if keep_original == "none" else set()
+            here = [layer for layer in self.layers.values() if layer.to_merge(new)]
+            for layer in tqdm(here, "merging", disable=not progressbar, unit="layer"):
+                alone = shared.isdisjoint(map(id, layer.site.module._parameters.values()))
+                layer.merge(new, keep_original, in_place=keep_original == "none" and alone)
+            undo.pop_all()
+        with self.trainability.change():
+            self.state.merge((*self.state.merged, *new))
+
+    def _undo_partial_merge(self) -> None:
+        """After memory ran out or the user interrupted: layers that kept their originals go back to what the state
+        says. Others stay merged, and the same merge, called again, does the rest."""
+        for layer in self.layers.values():
+            if layer.recoverable and not set(layer.merged_adapters) <= set(self.state.merged):
+                layer.unmerge()
+                layer.merge(self.state.merged)
 
     def unmerge(self) -> None:
-        """Put the original weights back, bit for bit."""
+        """Put the original weights back, bit for bit; what was active before is so again.
+
+        Raises:
+            MergedError: they were merged with `keep_original="none"`; nothing has changed then.
+        """
+        for layer in self.layers.values():
+            layer.check_kept()
         for layer in self.layers.values():
             layer.unmerge()
-        self.state.merged = ()
+        with self.trainability.change():
+            self.state.merge(())
 
     # ---------------------------------------------------------------- combining
 

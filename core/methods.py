@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from .adapted import AdaptedModel
 from .config import PeftConfig
 from .errors import PeftWarning
+from .weights import Weight
 
 
 class AdapterMethods:
@@ -103,14 +104,21 @@ class AdapterMethods:
     # ---------------------------------------------------------------- merging
 
     def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False, keep_original: str = "cpu"
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        keep_original: str = "cpu",
+        weights: Mapping[str, Weight] | None = None,
     ) -> None:
-        """Fold adapters (None: the active ones) into the base weights; `unmerge_adapter` undoes it bit for bit."""
-        names = self.active_adapters if adapter_names is None else adapter_names
+        """Fold adapters (None: the active ones) into the base weights; `unmerge_adapter` undoes it bit for bit.
+
+        `keep_original` and `weights` are those of `AdaptedModel.merge`.
+        """
+        names = [*(weights or self.active_adapters)] if adapter_names is None else adapter_names
         merged = [n for n in names if n in self.handle.state.merged]
         if merged:
             warnings.warn(f"Already merged: {', '.join(merged)}. Nothing to do for them.", PeftWarning, stacklevel=2)
-        self.handle.merge(names, safe_merge, keep_original)
+        self.handle.merge(names, safe_merge, keep_original, weights=weights)
 
     def unmerge_adapter(self) -> None:
         """Put the original weights back, bit for bit."""
@@ -119,12 +127,14 @@ class AdapterMethods:
         self.handle.unmerge()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        weights: Mapping[str, Weight] | None = None,
     ) -> nn.Module:
-        """The base model with adapters folded in, and no trace of them left."""
-        if adapter_names is not None and tuple(adapter_names) != self.handle.state.active:
-            self.handle.activate(*adapter_names)
-        return self.handle.detach(merge=True, safe_merge=safe_merge, progressbar=progressbar)
+        """The base model with adapters (None: the active ones) folded in, in place, and no trace of them left."""
+        return self.handle.merge_and_detach(adapter_names, safe_merge, progressbar, weights)
 
     def unload(self) -> nn.Module:
         """The base model with its original modules, and no trace of adapters left."""
