@@ -11,8 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from math import isfinite
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -20,13 +19,13 @@ from tqdm.auto import tqdm
 from .adapter import Adapter
 from .assign import LoadResult, assign
 from .attach import build_adapters, install, no_collection
-from .combine import Options, combine
+from .combine import Report, Sources, blend, find_combination
 from .config import PeftConfig
 from .errors import MergedError, PeftWarning
 from .layer import AdaptedLayer, State
-from .targets import condense, walk
+from .targets import walk
 from .train import Trainability, TrainedBias, parameter_dicts, trained_biases
-from .tuners.lora import LoRA, lora_config
+from .tuners.lora import LoraConfig
 from .weights import Weight, resolve
 
 
@@ -440,35 +439,52 @@ class AdaptedModel(nn.Module):
     def combine(
         self,
         names: Sequence[str],
-        weights: Sequence[float],
+        weights: Sequence[Weight],
         new_name: str,
         combination_type: str = "svd",
+        *,
+        progressbar: bool = False,
         **options: Any,
-    ) -> None:
-        """Add an adapter `new_name`, a LoRA, that is a weighted combination of others (see `combine.COMBINATIONS`).
+    ) -> Report:
+        """Add an adapter `new_name`, a frozen LoRA of scale 1, that is a weighted combination of others.
 
-        options: fields of `combine.Options`. Layers that only some adapters target combine those.
+        Adapters may be of any methods that are a change of weights, at any ranks; layers that only some target combine
+        those. Modules trained whole become the base's plus the weighted sum of what training changed in them.
+
+        Arguments:
+            weights: one for each adapter: a number, or numbers by block (see `weights.resolve`). 1 is as trained, and
+                negative ones subtract.
+            combination_type: a name in `combinations()`.
+            options: what that kind reads (`combinations()[kind].options`).
+
+        Returns:
+            How near the result is to what the kind defines, by layer and in all.
 
         Raises:
-            ValueError: unknown adapters or options, or adapters that this kind cannot combine; nothing has changed.
+            ValueError: unknown adapters, kinds or options, or adapters that this kind cannot combine; nothing has
+                changed.
         """
-        if not names or len(names) != len(weights):
-            raise ValueError(f"{len(names)} adapters and {len(weights)} weights: give one weight for each adapter")
-        if not all(isfinite(weight) for weight in weights):
-            raise ValueError(f"weights {list(weights)} are not all finite")
-        by_path: dict[str, list[tuple[Adapter, float]]] = {}
-        for name, weight in zip(names, weights, strict=True):
-            for path, adapter in self.adapters(name).items():
-                if adapter.whole is not None:
-                    raise ValueError(f"adapter {name!r} trains {path} whole (modules_to_save): it cannot be combined")
-                by_path.setdefault(path, []).append((adapter, weight))
-        factors = combine(by_path, combination_type, Options(**options))
-        config = lora_config(self.configs[names[0]], {path: b.shape[1] for path, (b, _) in factors.items()})
-        config.target_modules = condense(factors, walk(self.model))
-        half = all(adapter.dtype.itemsize == 2 for found in by_path.values() for adapter, _ in found)
-        self.add(new_name, config, trainable=False, autocast_adapter_dtype=not half, initialise=False)
-        for path, adapter in self.adapters(new_name).items():
-            cast(LoRA, adapter).set_factors(*factors[path])
+        for name in names:
+            self._known(name)
+        self._check_new(new_name, LoraConfig())
+        made = blend(self, names, weights, combination_type, progressbar=progressbar, **options)
+        half = all(tensor.itemsize == 2 for tensor in made.tensors.values())
+        self.load(new_name, made.config, made.tensors, autocast_adapter_dtype=not half)
+        return made.report
+
+    def reason_against(self, names: Sequence[str], combination_type: str) -> str | None:
+        """Why these adapters cannot be combined so, in one sentence, or None if they can.
+
+        Raises:
+            ValueError: unknown adapters or an unknown kind.
+        """
+        names = [self._known(name) for name in names]
+        kind = find_combination(combination_type)
+        try:
+            found = Sources(self, names, [1.0] * len(names))
+        except ValueError as error:
+            return str(error)
+        return kind.reason_against(found.parts, len(names))
 
     # ---------------------------------------------------------------- small things
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .adapted import AdaptedModel
+from .combine import find_combination
 from .config import PeftConfig
 from .errors import PeftWarning
 from .weights import Weight
@@ -73,7 +74,7 @@ class AdapterMethods:
     def add_weighted_adapter(
         self,
         adapters: list[str],
-        weights: list[float],
+        weights: Sequence[Weight],
         adapter_name: str,
         combination_type: str = "svd",
         svd_rank: int | None = None,
@@ -82,24 +83,29 @@ class AdapterMethods:
         svd_driver: str | None = None,
         density: float | None = None,
         majority_sign_method: str = "total",
+        **options: Any,
     ) -> None:
-        """Add an adapter that is a weighted combination of others: "cat", "linear", "svd" or "ties".
+        """Add an adapter that is a weighted combination of others, by any of `combinations()`.
 
-        `svd_full_matrices` and `svd_driver` are PEFT's ways to tune a dense SVD; none is computed here. A name that
-        exists already is left as it is, as in PEFT.
+        options: those beyond PEFT's, `max_error` or `seed` for example. `svd_full_matrices` changes no result, and is
+        not needed. A name that exists already is left as it is, as in PEFT. `AdaptedModel.combine` does the same and
+        returns how near the result came.
         """
         if adapter_name in self.peft_config:
             return
-        self.handle.combine(
-            adapters,
-            weights,
-            adapter_name,
-            combination_type,
-            svd_rank=svd_rank,
-            svd_clamp=svd_clamp,
-            density=density,
-            majority_sign_method=majority_sign_method,
-        )
+        given = {
+            "svd_rank": svd_rank,
+            "svd_clamp": svd_clamp,
+            "svd_driver": svd_driver,
+            "density": density,
+            "majority_sign_method": None if majority_sign_method == "total" else majority_sign_method,
+        }
+        options |= {key: value for key, value in given.items() if value is not None}
+        unread = sorted(options.keys() & given.keys() - find_combination(combination_type).options.keys())
+        if unread:
+            warnings.warn(f"{combination_type!r} does not read {', '.join(unread)}", PeftWarning, stacklevel=2)
+        read = {key: value for key, value in options.items() if key not in unread}
+        self.handle.combine(adapters, weights, adapter_name, combination_type, **read)
 
     # ---------------------------------------------------------------- merging
 
