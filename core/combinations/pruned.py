@@ -8,11 +8,14 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .registry import on_deltas, on_factors
 from .sums import weighted_sum
 
+TILE = 2**15
+"""Entries that an election works on at a time, so that they stay in a processor's cache through its dozen passes."""
 Majority = Literal["total", "frequency"]
 """How the sign of an entry is elected: by the sum of the values, or by the sum of their signs."""
 
@@ -108,12 +111,21 @@ def largest(tensor: Tensor, density: float) -> Tensor:
 
 
 def _largest(tensor: Tensor, share: float) -> Tensor:
-    size, count = tensor.numel(), int(share * tensor.numel())
+    count = int(share * tensor.numel())
     if count == 0:
         return torch.zeros_like(tensor)
-    magnitudes = tensor.abs()
-    threshold = magnitudes.flatten().kthvalue(max(size - count + 1, 1)).values
-    return tensor * (magnitudes >= threshold)
+    threshold = _nth_largest(tensor.abs().flatten(), count)
+    below = torch.nextafter(threshold, torch.zeros_like(threshold)).item()
+    return F.hardshrink(tensor, below) if below > 0 else tensor  # in one pass, where masks take several
+
+
+def _nth_largest(values: Tensor, n: int) -> Tensor:
+    """The n-th largest of numbers (size,), which are left in disorder."""
+    place = len(values) - n
+    if values.device.type != "cpu":
+        return values.kthvalue(place + 1).values
+    values.numpy().partition(place)  # several times as fast as torch's, which a pruned blend would wait for
+    return values[place]
 
 
 def at_random(tensor: Tensor, density: float, generator: torch.Generator | None) -> Tensor:
@@ -127,11 +139,14 @@ def agreed(tensors: list[Tensor], weights: list[float], method: Majority) -> Ten
     """For each place the mean of the weighted entries whose sign is the elected one; weights have no vote."""
     if method not in ("total", "frequency"):
         raise ValueError(f"majority_sign_method={method!r} is neither 'total' nor 'frequency'")
-    votes = weighted_sum([t if method == "total" else t.sign() for t in tensors], [1.0] * len(tensors))
-    sign = torch.where(votes >= 0, 1.0, -1.0)
-    total, count = torch.zeros_like(sign), torch.zeros_like(sign)
-    for tensor, weight in zip(tensors, weights, strict=True):
-        agrees = tensor * sign > 0
-        total.add_(tensor * agrees, alpha=weight)
-        count.add_(agrees)
-    return total / count.clamp_(min=1)
+    found = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
+    size = TILE if found.device.type == "cpu" else max(found.numel(), 1)
+    tiles = [tensor.reshape(-1).split(size) for tensor in (found, *tensors)]
+    for out, *entries in zip(*tiles, strict=True):
+        votes = weighted_sum(entries if method == "total" else [e.sign() for e in entries], [1.0] * len(entries))
+        sign = torch.copysign(torch.ones_like(votes), votes)
+        agreeing = [F.relu(entry * sign) for entry in entries]  # magnitudes, and 0 for what disagrees
+        total = weighted_sum(agreeing, weights).mul_(sign)
+        count = weighted_sum([a.sign_() for a in agreeing], [1.0] * len(entries))
+        torch.div(total, count.clamp_(min=1), out=out)
+    return found
