@@ -10,6 +10,7 @@ from .combinations import combinations
 from .combinations.registry import Combination, Part, combination, on_deltas, on_factors
 from .combine import Blend, Report, blend
 from .config import PeftConfig, PeftType, TaskType, get_peft_config
+from .convert import convert_to_lora, save_as_lora
 from .errors import MergedError, NoMatchingPeftModuleError, NotMergeableError, PeftError, PeftWarning
 from .files import load_adapter, save_adapter
 from .layer import AdaptedLayer, State
@@ -69,6 +70,7 @@ __all__ = [
     "blend",
     "combination",
     "combinations",
+    "convert_to_lora",
     "delete_adapter",
     "get_layer_status",
     "get_model_status",
@@ -82,6 +84,7 @@ __all__ = [
     "on_deltas",
     "on_factors",
     "save_adapter",
+    "save_as_lora",
     "set_adapter",
     "set_peft_model_state_dict",
 ]
