@@ -113,7 +113,7 @@ def set_weights(pipe: Any, weights: Mapping[str, Weight]) -> None:
         ValueError: no such adapter, or a weight that is no number or matches nothing; nothing has changed then.
         MergedError: the adapter is merged into the weights.
     """
-    for component, by_path in _by_component(pipe, weights).items():
+    for component, by_path in weights_by_component(pipe, weights).items():
         for name, weight in by_path.items():
             adapted_models(pipe)[component].set_weight(name, weight)
 
@@ -136,7 +136,7 @@ def merge(
     adapted = adapted_models(pipe)
     if not adapted:
         raise ValueError("the pipeline has no adapter to merge")
-    chosen = None if weights is None else _by_component(pipe, weights)
+    chosen = None if weights is None else weights_by_component(pipe, weights)
     wanted: dict[str, dict[str, Any]] = {}
     for component in adapted:
         here = None if chosen is None else chosen.get(component, {})
@@ -150,7 +150,7 @@ def merge(
     return pipe
 
 
-def _by_component(pipe: Any, weights: Mapping[str, Weight]) -> dict[str, dict[str, dict[str, float]]]:
+def weights_by_component(pipe: Any, weights: Mapping[str, Weight]) -> dict[str, dict[str, dict[str, float]]]:
     """Component -> adapter -> layer -> weight."""
     adapted = adapted_models(pipe)
     loaded = {name for model in adapted.values() for name in model.configs}
