@@ -105,7 +105,7 @@ def test_a_merged_pipeline_saves_and_loads_without_a_trace(make, dtype, tmp_path
     original = json.loads((EMBEDDED_PATH / "model_index.json").read_text())
     assert {k: v for k, v in index.items() if k[0] != "_"} == {k: v for k, v in original.items() if k[0] != "_"}
 
-    again = StableDiffusionPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
+    again = StableDiffusionPipeline.from_pretrained(tmp_path).to(dtype=dtype)
     assert_same_bits(again, states(pipe))
     for one, two in zip(outputs(again), after, strict=True):
         assert torch.equal(one, two)
