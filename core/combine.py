@@ -90,11 +90,22 @@ def blend(
     combined: dict[str, LowRank] = {}
     biases: dict[str, Tensor] = {}
     for path, parts in tqdm(found.parts.items(), kind, disable=not progressbar, unit="layer"):
-        combined[path] = combination(parts, path, **options)
+        combined[path] = _checked(combination, parts, path, options)
         changes = [part.weight * change for part in parts if (change := part.bias_delta()) is not None]
         if changes:
             biases[path] = torch.stack(changes).sum(0)
     return _packed(model, names, found, combined, biases)
+
+
+def _checked(combination: Combination, parts: list[Part], path: str, options: dict[str, Any]) -> LowRank:
+    try:
+        low = combination(parts, path, **options)
+        finite = low.b.isfinite().all() and low.a.isfinite().all()
+    except torch.linalg.LinAlgError:  # which is how decompositions take such numbers
+        finite = False
+    if not finite:
+        raise ValueError(f"{path}: the combined adapter is NaN or infinite: one of the adapters is broken there")
+    return low
 
 
 class Sources:

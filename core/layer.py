@@ -340,6 +340,16 @@ class AdaptedLayer(nn.Module):
                 "the original weights were not kept: merge with keep_original='cpu' or 'device' to unmerge later"
             )
 
+    def original(self) -> tuple[Tensor, Tensor | None]:
+        """W (out, cols) and b (out,) as they are without merged adapters: not to be written to.
+
+        Raises:
+            MergedError: they were not kept.
+        """
+        self.check_kept()
+        stored = self.site.module._parameters | (self._originals() or {})
+        return self.site.to_matrix(stored["weight"]), stored.get("bias")
+
     def _originals(self) -> dict[str, nn.Parameter | None] | None:
         """The parameters before the first merge ({} without one), or None if they were not kept."""
         if not self.recoverable:

@@ -87,11 +87,8 @@ class Part:
         return None if torch.equal(folded, bias) else folded - bias
 
     def _original(self) -> tuple[Tensor, Tensor | None]:
-        """W (out, cols) and b (out,) of the layer as they are without any merged adapter, in float32 at least."""
-        self.layer.check_kept()
-        stored = self.layer.site.module._parameters | (self.layer._originals() or {})
-        weight, bias = self.layer.site.to_matrix(stored["weight"].detach()), stored.get("bias")
-        return wide(weight), None if bias is None else wide(bias.detach())
+        weight, bias = self.layer.original()
+        return wide(weight.detach()), None if bias is None else wide(bias.detach())
 
 
 Parts = Sequence[Part]

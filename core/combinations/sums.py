@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..lowrank import LowRank, Truncation, truncate, truncate_product
-from .registry import Parts, combination, on_deltas, on_factors
+from .registry import Part, Parts, combination, on_deltas, on_factors
 
 
 @combination("cat")
@@ -17,17 +17,19 @@ def cat(parts: Parts) -> LowRank:
 
     A delta without low-rank factors keeps its full rank.
     """
-    pairs = [part.factors or _full(part.delta() / part.gain) for part in parts]
-    scales = [part.weight * part.gain for part in parts]
-    a = torch.cat([scale * a for (_, a), scale in zip(pairs, scales, strict=True)])
-    return LowRank(torch.cat([b for b, _ in pairs], 1), a)
+    factors = [_weighted(part) for part in parts]
+    return LowRank(torch.cat([b for b, _ in factors], 1), torch.cat([a for _, a in factors]))
 
 
-def _full(delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of any matrix, of the rank of its shorter side."""
-    rows, cols = delta.shape
-    eye = torch.eye(min(rows, cols), dtype=delta.dtype, device=delta.device)
-    return (eye, delta) if rows < cols else (delta, eye)
+def _weighted(part: Part) -> tuple[Tensor, Tensor]:
+    """B and A with B A the part's delta at its weight; for a dense delta one of them is the identity."""
+    factors = part.factors
+    if factors is not None:
+        b, a = factors
+        return b, part.weight * part.gain * a
+    delta = part.weight * part.delta()
+    eye = torch.eye(min(delta.shape), dtype=delta.dtype, device=delta.device)
+    return (eye, delta) if delta.shape[0] < delta.shape[1] else (delta, eye)
 
 
 @combination("svd")

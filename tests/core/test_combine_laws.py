@@ -339,6 +339,25 @@ def test_counters_of_a_module_trained_whole_have_no_average():
         model.combine(["a", "b"], [0.5, 0.5], "new")
 
 
+@each_kind
+def test_a_broken_adapter_is_named_by_its_layer(kind):
+    model = deep()
+    next(iter(model.layers["last"].adapters["b"].parameters())).data[0] = float("nan")
+    with pytest.raises(ValueError, match="last: the combined adapter is NaN or infinite"):
+        model.combine(["a", "b"], [1.0, 1.0], "new", kind, **neutral(kind), **full_rank(model, kind))
+    assert "new" not in model.configs
+
+
+@each_kind
+def test_an_adapter_at_strength_zero_adds_nothing(kind):
+    model, _ = build("LOKR", 1, "linear", "a")
+    model.add("b", make_config("LORA", 0))
+    model.set_weight("a", 0.0)
+    if model.reason_against(["a", "b"], kind) is None:
+        model.combine(["a", "b"], [1.0, 1.0], "new", kind, **neutral(kind), **full_rank(model, kind))
+        assert_near(change(model, "new"), change(model, "b"))
+
+
 # ---------------------------------------------------------------- reasons, ranks, and one's own
 
 
