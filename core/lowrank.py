@@ -67,9 +67,11 @@ def truncate_product(b: Tensor, a: Tensor, how: Truncation) -> LowRank:
     Products of matrices with themselves square the condition, so they are taken in float64: relative to the largest
     singular value the result is good to 1e-7.
     """
-    gram_b, gram_a = _double(b.T) @ _double(b), _double(a) @ _double(a.T)
-    values, vectors = torch.linalg.eigh(gram_a)
-    c = vectors * values.clamp(min=0).sqrt()
+    gram_b, gram_a = _gram(b.T), _gram(a)
+    c, failed = torch.linalg.cholesky_ex(gram_a)
+    if failed:  # A has no full rank
+        values, vectors = torch.linalg.eigh(gram_a)
+        c = vectors * values.clamp(min=0).sqrt()
     squares, p = torch.linalg.eigh(c.T @ gram_b @ c)
     squares, p = squares.flip(0).clamp(min=0), p.flip(1)
     s = squares.sqrt()
@@ -127,7 +129,7 @@ def _leading(matrix: Tensor, rank: int, tolerance: float = 1e-6) -> tuple[Tensor
     while basis.shape[1] + width <= cols // 2:
         image = matrix @ block
         basis, images = torch.cat([basis, block], 1), torch.cat([images, image], 1)
-        values, vectors = torch.linalg.eigh(_double(images.T) @ _double(images))
+        values, vectors = torch.linalg.eigh(_gram(images.T))
         before, held = held, values[-rank:].sum().item()
         if held - before <= max(tolerance * (total - held), 1e-10 * total):
             v = basis @ vectors.flip(1)[:, :rank].to(basis)  # (cols, rank)
@@ -144,6 +146,12 @@ def _double(tensor: Tensor) -> Tensor:
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
+def _gram(rows: Tensor) -> Tensor:
+    """M M^T in float64."""
+    rows = _double(rows)
+    return rows @ rows.T
+
+
 def _norm(matrix: Tensor) -> float:
     """Frobenius norm: by rows, which float32 sums well, and those in float64."""
     return _double(matrix.norm(dim=1)).norm().item()
@@ -151,7 +159,7 @@ def _norm(matrix: Tensor) -> float:
 
 def _product_norm(b: Tensor, a: Tensor) -> float:
     """Frobenius norm of B A."""
-    square = (_double(b.T) @ _double(b) * (_double(a) @ _double(a.T))).sum()
+    square = (_gram(b.T) * _gram(a)).sum()
     return square.clamp(min=0).sqrt().item()
 
 
