@@ -86,11 +86,12 @@ def blend(
     reason = combination.reason_against(found.parts, len(names))
     if reason is not None:
         raise ValueError(reason)
-    options = _with_rank(combination, found.parts, options)
+    given = {name: value for name, value in options.items() if value is not None}
+    given = _with_rank(combination, found.parts, given)
     combined: dict[str, LowRank] = {}
     biases: dict[str, Tensor] = {}
     for path, parts in tqdm(found.parts.items(), kind, disable=not progressbar, unit="layer"):
-        combined[path] = _checked(combination, parts, path, options)
+        combined[path] = _checked(combination, parts, path, given)
         changes = [part.weight * change for part in parts if (change := part.bias_delta()) is not None]
         if changes:
             biases[path] = torch.stack(changes).sum(0)
@@ -145,8 +146,7 @@ class Sources:
 
 def _with_rank(combination: Combination, layers: Mapping[str, list[Part]], options: dict[str, Any]) -> dict[str, Any]:
     """`options` with a rank to cut to: without one, the largest rank of the adapters."""
-    asked = options.get("svd_rank") is not None or options.get("max_error") is not None
-    if "svd_rank" not in combination.options or asked:
+    if "svd_rank" not in combination.options or "svd_rank" in options or "max_error" in options:
         return options
     for path, parts in layers.items():
         for part in parts:

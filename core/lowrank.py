@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Truncation:
     max_error: float | None = None
     """Largest relative error in the Frobenius norm: the smallest rank that keeps to it is chosen, at least 1."""
     svd_clamp: float | None = None
-    """Quantile at which the entries of both factors are clamped; None does not clamp."""
+    """Quantile at which the entries of both factors are clamped, above 0.5 to 1; None does not clamp."""
     svd_driver: str | None = None
     """Name of the cuSOLVER routine, one of `DRIVERS`. Given, dense matrices are decomposed in full rather than
     iterated; off CUDA by LAPACK."""
@@ -45,8 +46,8 @@ class Truncation:
             raise ValueError(f"svd_rank={self.svd_rank} is no rank: give 1 or more")
         if self.max_error is not None and not 0 <= self.max_error < 1:
             raise ValueError(f"max_error={self.max_error} is no relative error: give 0 or more, below 1")
-        if self.svd_clamp is not None and not 0 <= self.svd_clamp <= 1:
-            raise ValueError(f"svd_clamp={self.svd_clamp} is no quantile: give a number from 0 to 1")
+        if self.svd_clamp is not None and not 0.5 < self.svd_clamp <= 1:
+            raise ValueError(f"svd_clamp={self.svd_clamp} is no upper quantile: give a number above 0.5, at most 1")
         if self.svd_driver not in (None, *DRIVERS):
             raise ValueError(f"svd_driver={self.svd_driver!r} is unknown; expected one of {list(DRIVERS)} or None")
 
@@ -165,5 +166,7 @@ def _product_norm(b: Tensor, a: Tensor) -> float:
 
 def _clamped(b: Tensor, a: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
     """Both factors within one limit, a quantile of their entries together."""
-    limit = torch.quantile(torch.cat([b.flatten(), a.flatten()]), quantile)
+    entries = torch.cat([b.flatten(), a.flatten()]).sort().values  # torch.quantile takes no more than 2^24
+    place = quantile * (len(entries) - 1)
+    limit = torch.lerp(entries[int(place)], entries[ceil(place)], place % 1)
     return b.clamp(-limit, limit), a.clamp(-limit, limit)

@@ -39,7 +39,7 @@ class CombineOptions:
     """Instead of a rank, or below it: the largest relative error of a layer, such as 0.05, by which each finds its own
     rank."""
     svd_clamp: float | None = None
-    """Quantile at which the entries of the factors are clamped, such as 0.99."""
+    """Quantile at which the entries of the factors are clamped, such as 0.99; above 0.5."""
     svd_driver: Literal["gesvd", "gesvdj", "gesvda"] | None = None
     """cuSOLVER's routine for full decompositions, rather than faster iterations."""
     density: float | None = None

@@ -198,9 +198,9 @@ def on_factors(name: str, *, adapters: int | None = None, checks: Iterable[Check
             scaled = [part.weight * part.gain for part in parts]
             roots = [sqrt(abs(weight)) for weight in scaled]
             signed = [copysign(root, weight) for root, weight in zip(roots, scaled, strict=True)]
-            bs, as_ = zip(*(part.factors for part in parts if part.factors is not None), strict=True)
-            a = merge(list(as_), signed, **options)  # A before B, which is the order of PEFT's random draws
-            return LowRank(merge(list(bs), roots, **options), a, nan, nan)
+            factors = [found for part in parts if (found := part.factors) is not None]  # of all: `equal_ranks` asked
+            a = merge([a for _, a in factors], signed, **options)  # A before B: the order of PEFT's random draws
+            return LowRank(merge([b for b, _ in factors], roots, **options), a, nan, nan)
 
         needs = (equal_ranks, *checks)
         _register(name, merge, function=run, parameters=_keywords(merge), adapters=adapters, checks=needs)

@@ -324,7 +324,7 @@ def refuse(model: PeftModel, message: str, *arguments, **options) -> None:
         (["a", "b"], [1.0, 1.0], {"combination_type": "ties", "density": 1.5}, r"density=1.5 is no share"),
         (["a", "b"], [1.0, 1.0], {"combination_type": "dare_linear", "density": 0}, r"density=0 is no share"),
         (["a", "b"], [1.0, 1.0], {"svd_rank": -1}, "svd_rank=-1"),
-        (["a", "b"], [1.0, 1.0], {"svd_clamp": 2}, "svd_clamp=2 is no quantile"),
+        (["a", "b"], [1.0, 1.0], {"svd_clamp": 0.3}, "svd_clamp=0.3 is no upper quantile"),
         (["a", "b"], [1.0, 1.0], {"svd_driver": "fast"}, "svd_driver='fast' is unknown"),
         (["a", "b"], [1.0, 1.0], {"max_error": 1.0}, "max_error=1.0 is no relative error"),
         (["a", "b"], [1.0, 1.0], {"combination_type": "cat", "max_error": 0.1}, "'cat' has no option max_error"),

@@ -108,6 +108,8 @@ def test_clamping_is_reported(by):
     cut = Truncation(svd_rank=5, svd_clamp=0.9)
     found = truncate(b @ a, cut) if by == "matrix" else truncate_product(b, a, cut)
     limit = torch.cat([found.b.flatten(), found.a.flatten()]).abs().max()
+    free = truncate(b @ a, Truncation(svd_rank=5)) if by == "matrix" else truncate_product(b, a, Truncation(svd_rank=5))
+    torch.testing.assert_close(limit, torch.quantile(torch.cat([free.b.flatten(), free.a.flatten()]), 0.9))
     assert found.b.abs().eq(limit).sum() > 1
     assert found.error == pytest.approx((b @ a - found.b @ found.a).norm().item(), rel=1e-4)
     assert found.error > 0.01 * found.norm
