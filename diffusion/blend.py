@@ -13,6 +13,7 @@ from .settings import to_yaml
 from .weighted import Weighted, parse_weighted
 
 if TYPE_CHECKING:
+    from ..core import Report
     from .adapters import Adapters
     from .grid import Row
 
@@ -107,9 +108,8 @@ def blend(config: BlendConfig) -> None:
     save_adapter(config.out, blended.adapters, recipe(inputs, config, config.model, blocks))
     write_text(config.out / "config.yaml", to_yaml(config))
     print(f"the blend is in {config.out}")
-    for component, error in blended.errors.items():
-        if error > 0:  # NaN for kinds without a target
-            print(f"{component}: at its rank it differs by {error:.1%} from what {config.combination_type!r} means")
+    for component, report in blended.reports.items():
+        print(f"{component}: {told(report, config.combination_type)}")
     prompts = config.prompts or triggers(inputs)
     if not prompts:
         print("no preview: the adapters do not say what they answer to; give --prompts to draw one")
@@ -120,11 +120,17 @@ def blend(config: BlendConfig) -> None:
 
 
 class Blended(NamedTuple):
-    """A blend, and how near it came."""
+    """A blend, and how near it came, by component."""
 
     adapters: Adapters
-    errors: dict[str, float]
-    """Relative error by component, as `veneer.core.Report` defines it."""
+    reports: dict[str, Report]
+
+
+def told(report: Report, kind: str) -> str:
+    """ "ranks 2 to 16, 12.3% from the exact 'svd'" """
+    low, high = min(report.ranks.values()), max(report.ranks.values())
+    ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+    return f"{ranks}, {report.error:.1%} from the exact {kind!r}" if report.error > 0 else ranks
 
 
 def combine(
@@ -150,7 +156,7 @@ def combine(
         report = model.combine([adapter.name for adapter in here], weights, BLEND, **options.arguments())
         tensors = {key: value.cpu() for key, value in model.tensors(BLEND).items()}
         blended.adapters[component] = model.configs[BLEND], tensors
-        blended.errors[component] = report.error
+        blended.reports[component] = report
     return blended
 
 
