@@ -6,11 +6,11 @@ Three LoRA adapters of rank 16 on all attention and feed-forward layers of Stabl
 linear layers of a Llama of a billion parameters. Both libraries get the same tensors and take turns; medians. A
 combination never reads the base weights, so they are zeros that take no memory.
 
-Kinds that end in a dense SVD take `peft` minutes (marked *): they are timed on one layer of each shape, times the
-number of layers of that shape, for both; `peft` runs with reduced matrices, which is in its favour. Memory is the peak
-of the tensors made by the call that are alive together (on a GPU, of the allocator). Errors are relative to the same
-combination by `peft` in float64 with the same random draws, on one layer of each shape up to 2^22 entries; for kinds
-that `peft` has not, or computes in float32 always, by ourselves in float64.
+Kinds that end in a dense SVD take minutes: where one layer of each shape, times the number of layers of that shape,
+comes to more than ten seconds, that is the figure (marked *). `peft` runs with reduced matrices there, which is in its
+favour. Memory is the peak of the tensors made by the call that are alive together (on a GPU, of the allocator). Errors
+are relative to the same combination by `peft` in float64 with the same random draws, on one layer of each shape up to
+2^21 entries; for kinds that `peft` has not, or computes in float32 always, by ourselves in float64.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ from veneer.core.convert import convert_to_lora
 
 ALPHAS = {"one": 16, "two": 8, "three": 32}
 WEIGHTS = {"one": 0.7, "two": 0.5, "three": -0.3}
-LARGEST_CHECKED = 2**22
+LARGEST_CHECKED = 2**21
+LONG = 10.0
+"""Seconds from which one layer of each shape stands for the model."""
 
 Shape = tuple[int, int]
 Make = Callable[[], nn.Module]
@@ -252,10 +254,12 @@ def libraries(name: str) -> list[Any]:
     return [peft, veneer] if KINDS[name].in_peft else [veneer]
 
 
-def measure_whole(name: str, make: Make, targets: list[str], args: argparse.Namespace) -> dict[str, Any]:
-    """Time and memory of a combination over the whole model."""
-    works = {lib.__name__: Combining(lib, name, make(), targets) for lib in libraries(name)}
-    row: dict[str, Any] = {}
+def measure(name: str, make: Make, targets: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Time and memory of a combination over the whole model, or as its shapes tell."""
+    libs, shapes = libraries(name), shapes_of(make(), targets)
+    row = by_shape(name, libs, shapes, args) if KINDS[name].dense else {}
+    whole = [lib for lib in libs if row.get(f"{lib.__name__}_s", 0) < LONG]
+    works = {lib.__name__: Combining(lib, name, hollow(make(), args.device), targets) for lib in whole}
     for who, work in works.items():
         row[f"{who}_gb"] = with_peak(work, args.device)[1] / 1e9
         work.clear()
@@ -263,21 +267,19 @@ def measure_whole(name: str, make: Make, targets: list[str], args: argparse.Name
     for _ in range(args.rounds):
         for who, work in works.items():
             spent[who].append(work.timed(args.device))
-    return row | {f"{who}_s": statistics.median(times) for who, times in spent.items()}
+    row |= {f"{who}_s": statistics.median(times) for who, times in spent.items()}
+    return row | {"by_shape": [lib.__name__ for lib in libs if lib not in whole]}
 
 
-def measure_by_shape(name: str, shapes: Counter[Shape], args: argparse.Namespace) -> dict[str, Any]:
+def by_shape(name: str, libs: list[Any], shapes: Counter[Shape], args: argparse.Namespace) -> dict[str, Any]:
     """Time of one layer of each shape, times their number; memory of the largest."""
-    row: dict[str, Any] = {}
-    for lib in libraries(name):
-        who = lib.__name__
-        row[f"{who}_s"] = row[f"{who}_gb"] = 0.0
-        for shape, count in shapes.items():
+    row: dict[str, Any] = {f"{lib.__name__}_{what}": 0.0 for lib in libs for what in ("s", "gb")}
+    for shape, count in shapes.items():
+        for lib in libs:
+            who = lib.__name__
             work = Combining(lib, name, single(shape, args.device), ["layer"])
             spent, size = with_peak(work, args.device)
             work.clear()
-            if spent < 1:  # a long run needs no second one; a short one is over before the caches are warm
-                spent = statistics.median(work.timed(args.device) for _ in range(args.rounds))
             row[f"{who}_s"] += count * spent
             row[f"{who}_gb"] = max(row[f"{who}_gb"], size / 1e9)
     return row
@@ -310,10 +312,11 @@ def show(kind: str, row: dict[str, Any]) -> None:
     def cells(who: str) -> str:
         if f"{who}_s" not in row:
             return f"{'':32s}"
-        return f"{row[f'{who}_s'] * 1e3:14.1f}{row[f'{who}_gb'] * 1e3:9.1f}{row[f'{who}_error']:9.0e}"
+        mark = "*" if who in row["by_shape"] else " "
+        return f"{row[f'{who}_s'] * 1e3:13.1f}{mark}{row[f'{who}_gb'] * 1e3:9.1f}{row[f'{who}_error']:9.0e}"
 
     gain = f"{row['peft_s'] / row['veneer_s']:8.1f}x" if "peft_s" in row else ""
-    print(f"{kind + ('*' if KINDS[kind].dense else ''):22s}{cells('peft')}{cells('veneer')}{gain}", flush=True)
+    print(f"{kind:22s}{cells('peft')}{cells('veneer')}{gain}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -328,6 +331,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else platform.processor() or platform.machine()
     versions = f"peft {peft.__version__}, torch {torch.__version__}"
+    about = {"device": device, "date": date.today().isoformat(), "versions": versions}
     print(f"{versions}, {device}, one thread")
     tables: dict[str, dict[str, Any]] = {}
     with warnings.catch_warnings():
@@ -341,19 +345,15 @@ def main(arguments: list[str] | None = None) -> None:
             targets = MODELS[label](True)[1]
             shapes = shapes_of(make(), targets)
             print(f"\n{label}: {shapes.total()} layers of {len(shapes)} shapes")
-            head = [f"{who + ' ms':>14s}{'MB':>9s}{'error':>9s}" for who in ("peft", "veneer")]
+            head = [f"{who + ' ms':>13s} {'MB':>9s}{'error':>9s}" for who in ("peft", "veneer")]
             print(f"{'':22s}{head[0]}{head[1]}{'gain':>9s}")
             tables[label] = {}
             for kind in args.kinds.split(","):
-                if KINDS[kind].dense:
-                    row = measure_by_shape(kind, shapes, args)
-                else:
-                    row = measure_whole(kind, lambda make=make: hollow(make(), args.device), targets, args)
+                row = measure(kind, make, targets, args)
                 tables[label][kind] = row | measure_errors(kind, shapes, args)
                 show(kind, tables[label][kind])
-    if args.json:
-        about = {"device": device, "date": date.today().isoformat(), "versions": versions}
-        args.json.write_text(json.dumps(about | {"tables": tables}, indent=1))
+                if args.json:
+                    args.json.write_text(json.dumps(about | {"tables": tables}, indent=1))
 
 
 if __name__ == "__main__":

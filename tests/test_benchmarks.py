@@ -20,5 +20,5 @@ def test_blend(model, tmp_path, monkeypatch):
     assert list(table) == KINDS[model]
     for kind, row in table.items():
         libraries = ["peft", "veneer"] if blend.KINDS[kind].in_peft else ["veneer"]
-        assert row.keys() == {f"{who}_{what}" for who in libraries for what in ("s", "gb", "error")}
+        assert row.keys() == {f"{who}_{what}" for who in libraries for what in ("s", "gb", "error")} | {"by_shape"}
         assert all(row[f"{who}_error"] < 1e-4 for who in libraries)
