@@ -36,11 +36,11 @@ def _weighted(part: Part) -> tuple[Tensor, Tensor]:
 def svd(parts: Parts, *, cut: Truncation) -> LowRank:
     """The weighted sum at a chosen rank: of all matrices of that rank the nearest (Eckart and Young).
 
-    Through factors where all adapters have them, so that no matrix of the weight's size is built.
+    Where all adapters have factors, and thin ones, no matrix of the weight's size is built.
     """
     rows, cols = parts[0].layer.site.out, parts[0].layer.site.cols
     ranks = [part.rank for part in parts]
-    if None not in ranks and sum(ranks) < min(rows, cols):  # type: ignore[arg-type]
+    if None not in ranks and 2 * sum(ranks) <= min(rows, cols):  # type: ignore[arg-type]  # wider ones cost more so
         exact = cat(parts)
         return truncate_product(exact.b, exact.a, cut)
     total = torch.zeros((), device=parts[0].layer.site.device)
