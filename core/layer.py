@@ -288,6 +288,10 @@ class AdaptedLayer(nn.Module):
             return
         stored, adapters = self._to_fold(new)
         in_place = in_place and stored["weight"] is self.site.module._parameters["weight"]
+        if in_place and len(new) > 1 and stored["weight"].itemsize >= 4:  # nothing is rounded in between
+            for name in new:
+                self.merge((name,), keep, in_place)
+            return
         if all(a.by_rows and _knows_strength(a) for a in adapters):
             self._put("weight", self._folded_by_rows(stored["weight"], adapters, in_place), keep, in_place)
         else:

@@ -113,11 +113,11 @@ def test_merging_overwrites_weights_in_other_memory_formats(method, variant, kin
 
 @pytest.mark.parametrize(
     ("name", "variant", "layers"),
-    # the float32 copies of one layer's weight that merging two adapters takes: 0 stands for tiles, 2 for one fold
-    # after the other
+    # the float32 copies of one layer's weight that merging two adapters takes: 0 stands for tiles. What does
+    # not fold by rows is widened whole in half precision
     [
         ("LORA", 0, 0), ("LORA", 2, 0), ("LOHA", 0, 0), ("LOHA", 3, 0), ("LOKR", 0, 0), ("LOKR", 2, 0),
-        ("LOKR", 4, 0), ("OFT", 0, 0), ("IA3", 0, 2), ("IA3", 1, 0),
+        ("LOKR", 4, 0), ("OFT", 0, 0), ("IA3", 0, 1), ("IA3", 1, 0),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -130,8 +130,8 @@ def test_memory_of_a_merge_is_that_of_one_layer(name, variant, layers, dtype, mo
     with PeakMemory() as memory:
         model.merge(["a", "b"], keep_original="none")
     size = 256 * 512 * 4
-    result = size / 2 if layers and dtype != torch.float32 else 0
-    assert memory.peak <= layers * size + result + size / 3, memory.peak / size
+    widened = 1.5 * size if layers and dtype != torch.float32 else 0
+    assert memory.peak <= layers * size + widened + size / 3, memory.peak / size
 
 
 def test_keeping_the_original_takes_one_new_weight_per_layer(monkeypatch):
