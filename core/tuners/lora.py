@@ -155,5 +155,8 @@ class LoRA(Factored):
         weight, bias = super().fold(weight, bias)
         if self.config.lora_bias:
             extra = self.gain * self.lora_B.bias.to(weight.dtype)
-            bias = extra if bias is None else bias + extra
+            if bias is not None:
+                bias = bias + extra
+            elif extra.any():  # merged, zeros would give the layer a bias that its model does not know
+                bias = extra
         return weight, bias

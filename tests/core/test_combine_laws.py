@@ -329,6 +329,20 @@ def test_what_is_not_defined_is_refused_by_name():
     assert set(mixed.configs) == {"lora", "ia3"}
 
 
+def test_a_changed_bias_gives_other_layers_none():
+    model = AdaptedModel(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4, bias=False)))
+    model.add("ia3", IA3Config(target_modules=["0", "1"], feedforward_modules=[], init_ia3_weights=False))
+    x = torch.randn(3, 4)
+    y = model(x)
+    model.combine(["ia3"], [1.0], "new", max_error=0)
+    assert model.configs["new"].lora_bias
+    model.activate("new")
+    torch.testing.assert_close(model(x), y, atol=1e-5, rtol=1e-4)
+    plain = model.merge_and_detach()
+    torch.testing.assert_close(plain(x), y, atol=1e-5, rtol=1e-4)
+    assert set(plain.state_dict()) == {"0.weight", "0.bias", "1.weight"}
+
+
 def test_counters_of_a_module_trained_whole_have_no_average():
     model = AdaptedModel(nn.ModuleDict({"linear": nn.Linear(3, 3), "norm": nn.BatchNorm1d(3)}))
     for name in "ab":
