@@ -6,7 +6,7 @@ It knows tensors and modules only; importing it imports neither transformers nor
 from .adapted import AdaptedModel
 from .adapter import Adapter, Branch, Dense, Factored, Folded, Transform, method
 from .assign import LoadResult
-from .combinations import combinations
+from .combinations import combination_types
 from .combinations.registry import Combination, Part, combination, on_deltas, on_factors
 from .combine import Blend, Report, blend
 from .config import PeftConfig, PeftType, TaskType, get_peft_config
@@ -69,7 +69,7 @@ __all__ = [
     "Transform",
     "blend",
     "combination",
-    "combinations",
+    "combination_types",
     "convert_to_lora",
     "delete_adapter",
     "get_layer_status",

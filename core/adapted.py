@@ -454,8 +454,8 @@ class AdaptedModel(nn.Module):
         Arguments:
             weights: one for each adapter: a number, or numbers by block (see `weights.resolve`). 1 is as trained, and
                 negative ones subtract.
-            combination_type: a name in `combinations()`.
-            options: what that kind reads (`combinations()[kind].options`).
+            combination_type: a name in `combination_types()`.
+            options: what that kind reads (`combination_types()[kind].options`).
 
         Returns:
             How near the result is to what the kind defines, by layer and in all.

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .adapter import wide
 from .attach import META
-from .combinations import Combination, combinations
+from .combinations import Combination, combination_types
 from .combinations.registry import Part
 from .layer import AdaptedLayer
 from .lowrank import LowRank
@@ -61,9 +61,9 @@ def find_combination(kind: str) -> Combination:
     Raises:
         ValueError: there is none.
     """
-    if kind not in combinations():
-        raise ValueError(f"combination_type={kind!r} is unknown; known: {sorted(combinations())}")
-    return combinations()[kind]
+    if kind not in combination_types():
+        raise ValueError(f"combination_type={kind!r} is unknown; known: {sorted(combination_types())}")
+    return combination_types()[kind]
 
 
 @torch.no_grad()

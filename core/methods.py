@@ -85,7 +85,7 @@ class AdapterMethods:
         majority_sign_method: str = "total",
         **options: Any,
     ) -> None:
-        """Add an adapter that is a weighted combination of others, by any of `combinations()`.
+        """Add an adapter that is a weighted combination of others, by any of `combination_types()`.
 
         options: those beyond PEFT's, `max_error` or `seed` for example. `svd_full_matrices` changes no result, and is
         not needed. A name that exists already is left as it is, as in PEFT. `AdaptedModel.combine` does the same and

@@ -60,9 +60,9 @@ class CombineOptions:
         Raises:
             ConfigError: an option that the kind does not read, or lacks one that it needs.
         """
-        from ..core import combinations
+        from ..core import combination_types
 
-        kind = combinations()[self.combination_type]
+        kind = combination_types()[self.combination_type]
         asked = {f.name: (getattr(self, f.name), f.default) for f in fields(CombineOptions)}
         del asked["combination_type"]
         foreign = [name for name, (value, default) in asked.items() if value != default and name not in kind.options]

@@ -10,7 +10,7 @@ from .registry import COMBINATIONS, Combination
 
 
 @cache
-def combinations() -> dict[str, Combination]:
+def combination_types() -> dict[str, Combination]:
     """Every combination by its name, found by importing this folder."""
     for info in iter_modules(__path__):
         import_module(f".{info.name}", __name__)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import veneer
-from veneer.core import combinations
+from veneer.core import combination_types
 from veneer.core.combinations.registry import COMBINATIONS
 
 TEXT = (Path(veneer.__file__).parent / "docs" / "combinations.md").read_text(encoding="utf-8")
@@ -13,7 +13,7 @@ TEXT = (Path(veneer.__file__).parent / "docs" / "combinations.md").read_text(enc
 
 def test_every_python_block_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    known = set(combinations())
+    known = set(combination_types())
     try:
         found: dict = {}
         for block in re.findall(r"^```python\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL):
@@ -25,8 +25,8 @@ def test_every_python_block_runs(tmp_path, monkeypatch):
             del COMBINATIONS[name]
 
 
-@pytest.mark.parametrize("kind", sorted(combinations()))
+@pytest.mark.parametrize("kind", sorted(combination_types()))
 def test_every_kind_and_option_is_told(kind):
     assert f"`{kind}`" in TEXT
-    for option in combinations()[kind].options:
+    for option in combination_types()[kind].options:
         assert f"| `{option}` |" in TEXT

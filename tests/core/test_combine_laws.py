@@ -16,7 +16,7 @@ from veneer.core import (
     LoraConfig,
     OFTConfig,
     combination,
-    combinations,
+    combination_types,
     on_deltas,
     on_factors,
 )
@@ -33,7 +33,7 @@ NEUTRAL = {
 }
 """Options with which nothing is pruned."""
 PRUNING = {name: {"density": 0.4} for name in NEUTRAL}
-each_kind = pytest.mark.parametrize("kind", sorted(combinations()))
+each_kind = pytest.mark.parametrize("kind", sorted(combination_types()))
 
 
 def neutral(name: str, of: dict[str, dict] = NEUTRAL) -> dict:
@@ -43,7 +43,7 @@ def neutral(name: str, of: dict[str, dict] = NEUTRAL) -> dict:
 def full_rank(model: AdaptedModel, name: str) -> dict:
     """An option that truncates nothing, for kinds that have it."""
     most = max(min(layer.site.out, layer.site.cols) for layer in model.layers.values())
-    return {"svd_rank": most} if "svd_rank" in combinations()[name].options else {}
+    return {"svd_rank": most} if "svd_rank" in combination_types()[name].options else {}
 
 
 def change(model: AdaptedModel, name: str, path: str = "layer") -> tuple[Tensor, Tensor]:
@@ -67,7 +67,7 @@ def test_one_adapter_at_weight_one_is_itself(method, variant, kind):
     model, x = build(method, variant, kind, "a")
     model.set_weight("a", 0.7)
     expected, y = change(model, "a"), model(x)
-    for name in combinations():
+    for name in combination_types():
         if model.reason_against(["a"], name) is None:
             report = model.combine(["a"], [1.0], name, name, **neutral(name), **full_rank(model, name))
             assert_near(change(model, name), expected, name)
@@ -98,11 +98,10 @@ def test_any_method_blends_with_a_lora(method, variant, kind):
 @each_case
 def test_the_order_of_adapters_does_not_matter(method, variant, kind):
     model, _ = build(method, variant, kind, "a", "b")
-    for name in combinations():
+    for name in combination_types():
         if model.reason_against(["a", "b"], name) is None:
-            options = full_rank(model, name) | neutral(
-                name, PRUNING if "seed" not in combinations()[name].options else NEUTRAL
-            )
+            drawn = "seed" in combination_types()[name].options
+            options = full_rank(model, name) | neutral(name, NEUTRAL if drawn else PRUNING)
             model.combine(["a", "b"], [0.5, 0.8], "one", name, **options)
             model.combine(["b", "a"], [0.8, 0.5], "two", name, **options)
             assert_near(change(model, "one"), change(model, "two"), name)
@@ -152,7 +151,7 @@ def deep(*targets: list[str]) -> AdaptedModel:
 def test_weights_by_block(kind):
     """Each layer is what it is with its weights alone."""
     model, options = deep(), neutral(kind, PRUNING) | full_rank(deep(), kind)
-    if "seed" in combinations()[kind].options:
+    if "seed" in combination_types()[kind].options:
         options["seed"] = 3
     model.combine(["a", "b"], [{"first": 0.3, "last": 0.8}, 0.6], "mixed", kind, **options)
     model.combine(["a", "b"], [0.3, 0.6], "one", kind, **options)
@@ -170,7 +169,7 @@ def test_layers_that_one_adapter_targets_take_that_one(kind):
     assert model.configs["new"].target_modules == {"first", "last"}
 
 
-@pytest.mark.parametrize("kind", [k for k in sorted(combinations()) if "seed" in combinations()[k].options])
+@pytest.mark.parametrize("kind", [k for k in sorted(combination_types()) if "seed" in combination_types()[k].options])
 def test_a_seed_fixes_the_draws_of_each_layer(kind):
     both = deep()
     options = neutral(kind, PRUNING) | full_rank(both, kind)
@@ -382,7 +381,7 @@ def test_every_kind_says_why_it_is_not_possible():
     model.add("large", LoraConfig(r=4, target_modules=["first"]))
     model.add("oft", OFTConfig(oft_block_size=7, target_modules=["first"]))
     on_factors = {"linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"}
-    for kind in combinations():
+    for kind in combination_types():
         unequal, dense = (model.reason_against(["lora", other], kind) for other in ("large", "oft"))
         assert (unequal is not None) == (dense is not None) == (kind in on_factors)
         if unequal and dense:
@@ -397,11 +396,11 @@ def test_every_kind_says_why_it_is_not_possible():
 
 
 def test_every_kind_declares_what_it_reads():
-    for name, kind in combinations().items():
+    for name, kind in combination_types().items():
         assert kind.about.endswith((".", "it.")), name
         assert all(isinstance(option, str) for option in kind.options)
-    assert combinations()["ties"].options == {"density": REQUIRED, "majority_sign_method": "total"}
-    assert set(combinations()["dare_linear_svd"].options) == {
+    assert combination_types()["ties"].options == {"density": REQUIRED, "majority_sign_method": "total"}
+    assert set(combination_types()["dare_linear_svd"].options) == {
         "density", "seed", "svd_rank", "max_error", "svd_clamp", "svd_driver"
     }  # fmt: skip
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 from PIL import Image
 from veneer import LoKrConfig, LoraConfig, OFTConfig, cli
-from veneer.core import AdaptedModel, combinations
+from veneer.core import AdaptedModel, combination_types
 from veneer.diffusion.blend import CombineOptions
 from veneer.diffusion.families import load_pipeline
 from veneer.diffusion.inspect import inspect_path
@@ -109,10 +109,10 @@ def test_without_prompts_the_preview_shows_what_the_inputs_answer_to(adapters, t
     assert not (tmp_path / "mute" / "sheet.png").exists()
 
 
-NEEDED = {kind: ["--density", "0.5"] for kind, c in combinations().items() if "density" in c.options}
+NEEDED = {kind: ["--density", "0.5"] for kind, c in combination_types().items() if "density" in c.options}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in combinations() if kind != "cat"])
+@pytest.mark.parametrize("kind", [kind for kind in combination_types() if kind != "cat"])
 def test_other_combinations(adapters, tmp_path, kind):
     options = kind, *NEEDED.get(kind, [])
     out = tmp_path / "blend"
@@ -124,8 +124,8 @@ def test_other_combinations(adapters, tmp_path, kind):
 
 def test_the_command_has_every_kind_and_every_option():
     hints = get_type_hints(CombineOptions)
-    assert set(get_args(hints.pop("combination_type"))) == set(combinations())
-    assert set(hints) == {option for kind in combinations().values() for option in kind.options}
+    assert set(get_args(hints.pop("combination_type"))) == set(combination_types())
+    assert set(hints) == {option for kind in combination_types().values() for option in kind.options}
 
 
 def test_adapters_of_different_methods_blend(adapters, tmp_path, capsys):
