@@ -14,7 +14,7 @@ KINDS = {"llama": ["ties", "dare_ties_svd", "slerp"], "sd15": ["convert LoKr"]}
 def test_blend(model, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(veneer.__file__).parent / "benchmarks"))
     blend, path = import_module("blend"), tmp_path / "out.json"
-    kinds = ",".join(KINDS[model])
+    kinds = ";".join(KINDS[model])
     blend.main(["--quick", "--rounds", "1", "--models", model, "--kinds", kinds, "--json", str(path)])
     table = json.loads(path.read_text())["tables"][model]
     assert list(table) == KINDS[model]
