@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         PeftType,
         PeftWarning,
         TaskType,
+        convert_to_lora,
         delete_adapter,
         get_layer_status,
         get_model_status,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         get_peft_model_state_dict,
         inject_adapter_in_model,
         load_peft_weights,
+        save_as_lora,
         set_adapter,
         set_peft_model_state_dict,
     )
@@ -71,6 +73,7 @@ _HOME = {
     "PeftType": "core",
     "PeftWarning": "core",
     "TaskType": "core",
+    "convert_to_lora": "core",
     "delete_adapter": "core",
     "get_layer_status": "core",
     "get_model_status": "core",
@@ -79,6 +82,7 @@ _HOME = {
     "get_peft_model_state_dict": "core",
     "inject_adapter_in_model": "core",
     "load_peft_weights": "core",
+    "save_as_lora": "core",
     "set_adapter": "core",
     "set_peft_model_state_dict": "core",
 }

@@ -6,8 +6,11 @@ It knows tensors and modules only; importing it imports neither transformers nor
 from .adapted import AdaptedModel
 from .adapter import Adapter, Branch, Dense, Factored, Folded, Transform, method
 from .assign import LoadResult
-from .combine import COMBINATIONS, combination
+from .combinations import combination_types
+from .combinations.registry import Combination, Part, combination, on_deltas, on_factors
+from .combine import Blend, Report, blend
 from .config import PeftConfig, PeftType, TaskType, get_peft_config
+from .convert import convert_to_lora, save_as_lora
 from .errors import MergedError, NoMatchingPeftModuleError, NotMergeableError, PeftError, PeftWarning
 from .files import load_adapter, save_adapter
 from .layer import AdaptedLayer, State
@@ -31,13 +34,14 @@ from .tuners.lora import LoraConfig
 from .tuners.oft import OFTConfig
 
 __all__ = [
-    "COMBINATIONS",
     "AdaptedLayer",
     "AdaptedModel",
     "Adapter",
     "BaseTuner",
     "BaseTunerLayer",
+    "Blend",
     "Branch",
+    "Combination",
     "Dense",
     "Factored",
     "Folded",
@@ -52,16 +56,21 @@ __all__ = [
     "NoMatchingPeftModuleError",
     "NotMergeableError",
     "OFTConfig",
+    "Part",
     "PeftConfig",
     "PeftError",
     "PeftModel",
     "PeftType",
     "PeftWarning",
+    "Report",
     "Site",
     "State",
     "TaskType",
     "Transform",
+    "blend",
     "combination",
+    "combination_types",
+    "convert_to_lora",
     "delete_adapter",
     "get_layer_status",
     "get_model_status",
@@ -72,7 +81,10 @@ __all__ = [
     "load_adapter",
     "load_peft_weights",
     "method",
+    "on_deltas",
+    "on_factors",
     "save_adapter",
+    "save_as_lora",
     "set_adapter",
     "set_peft_model_state_dict",
 ]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from math import isfinite
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -19,13 +19,14 @@ from tqdm.auto import tqdm
 from .adapter import Adapter
 from .assign import LoadResult, assign
 from .attach import build_adapters, install, no_collection
-from .combine import Options, combine
+from .combine import Report, Sources, blend, find_combination
 from .config import PeftConfig
 from .errors import MergedError, PeftWarning
 from .layer import AdaptedLayer, State
-from .targets import condense, walk
+from .targets import walk
 from .train import Trainability, TrainedBias, parameter_dicts, trained_biases
-from .tuners.lora import LoRA, lora_config
+from .tuners.lora import LoraConfig
+from .weights import Weight, resolve
 
 
 class AdaptedModel(nn.Module):
@@ -130,10 +131,11 @@ class AdaptedModel(nn.Module):
         self._known(name)
         if name in self.state.merged:
             raise MergedError(f"adapter {name!r} is merged into the base weights: unmerge it before deleting it")
-        left = tuple(n for n in self.state.active if n != name)
-        rest = [n for n in self.configs if n != name]
         with self.trainability.change():
-            self.state.choose(left or tuple(rest[:1]), self.state.enabled)
+            if name in self.state.active:
+                left = tuple(n for n in self.state.active if n != name)
+                rest = (n for n in self.configs if n != name)
+                self.state.choose(left or tuple(islice(rest, 1)), self.state.enabled)
             self.state.trainable.discard(name)
             del self.configs[name]
         for bias in self.state.biases.pop(name, {}).values():
@@ -144,24 +146,38 @@ class AdaptedModel(nn.Module):
         self._forget_stacks()
         self.trainability.held.pop(name, None)
 
-    def detach(self, merge: bool = False, safe_merge: bool = False, progressbar: bool = False) -> nn.Module:
+    def detach(self) -> nn.Module:
         """Put the original module objects back and return the model, free of any trace of adapters.
 
-        Arguments:
-            merge: fold the active adapters into the weights first, for good.
-            safe_merge: check the merged weights for NaN and infinity before anything is written.
+        Raises:
+            MergedError: as `unmerge`; nothing has changed then.
         """
-        if merge:
-            self.enable(True)
-            self.merge(safe_merge=safe_merge, keep_original="none", progressbar=progressbar)
-            self.state.running = self.state.active  # what is merged runs from now on, disabled before or not
-        elif self.state.merged:
-            self.unmerge()
-        self._unwrap(lambda layer: layer.replacement() if merge else layer.base_layer)
-        if merge:
-            _note_untied(self.model)
-        for bias in [] if merge else [b for found in self.state.biases.values() for b in found.values()]:
+        self.unmerge()
+        self._unwrap(lambda layer: layer.base_layer)
+        for bias in (b for found in self.state.biases.values() for b in found.values()):
             bias.restore()
+        return self._forget_adapters()
+
+    def merge_and_detach(
+        self,
+        names: Iterable[str] | None = None,
+        safe_merge: bool = False,
+        progressbar: bool = False,
+        weights: Mapping[str, Weight] | None = None,
+    ) -> nn.Module:
+        """Fold adapters into the weights for good, in place, and return the plain model.
+
+        The arguments are those of `merge`; disabled or not, what is named is merged, and what was merged before stays.
+
+        Raises:
+            ValueError, MergedError, NotMergeableError: as `merge`; nothing has changed then.
+        """
+        self._merge(names, weights, safe_merge, "none", progressbar)
+        self._unwrap(lambda layer: layer.replacement(self.state.merged))
+        _note_untied(self.model)
+        return self._forget_adapters()
+
+    def _forget_adapters(self) -> nn.Module:
         self.state = State()
         self.trainability = Trainability(self.state)
         return self.model
@@ -231,16 +247,25 @@ class AdaptedModel(nn.Module):
         self._known(name)
         return {path: layer.adapters[name] for path, layer in self.layers.items() if name in layer.adapters}
 
-    def set_weight(self, name: str, weight: float) -> None:
+    def set_weight(self, name: str, weight: Weight) -> None:
         """Apply an adapter at a multiple of its trained strength: 0 is the base model, 1 the adapter as trained.
 
+        weight: one for all layers, or by block: `{"up_blocks": 0.8, "down_blocks": 0.3}` (see `weights.resolve`).
+
         Raises:
+            ValueError: no such adapter, a weight that is no number, a pattern that matches none of its layers.
             MergedError: it is merged, where no weight reaches it.
         """
+        adapters = self.adapters(name)
         if name in self.state.merged:
             raise MergedError(f"adapter {name!r} is merged into the base weights: unmerge it to change its weight")
-        for adapter in self.adapters(name).values():
-            adapter.strength = weight
+        for path, strength in resolve(weight, adapters).items():
+            adapters[path].strength = strength
+
+    @staticmethod
+    def _set_strengths(strengths: Iterable[tuple[Adapter, float]]) -> None:
+        for adapter, strength in strengths:
+            adapter.strength = strength
 
     # ---------------------------------------------------------------- tensors
 
@@ -304,80 +329,162 @@ class AdaptedModel(nn.Module):
         safe_merge: bool = False,
         keep_original: str = "cpu",
         progressbar: bool = False,
+        weights: Mapping[str, Weight] | None = None,
     ) -> None:
-        """Fold adapters (None: the active ones) into the base weights, in float32 with one rounding.
+        """Fold adapters into the base weights, in float32 with one rounding. Until `unmerge`, exactly they run.
 
         Arguments:
+            names: which; None takes those in `weights`, or the active ones.
             safe_merge: refuse weights that would become NaN or infinite.
-            keep_original: where the original weights wait for an exact unmerge: "cpu", "device", or "none".
+            keep_original: where the original weights wait for an exact unmerge: "cpu", "device", or "none". With
+                "none" the weights are overwritten where they lie, with temporaries of one layer.
+            weights: by adapter, how much of it is merged, as `set_weight` takes it, and sets it; it holds after
+                `unmerge` too.
 
         Raises:
-            ValueError: adapters are disabled, or `safe_merge` found broken weights; all layers are as they were.
+            ValueError: an unknown adapter or pattern, adapters are disabled, two replace the same module, or
+                `safe_merge` found broken weights.
+            MergedError: one in `weights` is merged already.
+            NotMergeableError: a method that is no change of weights.
+            All layers are as they were then.
         """
-        if keep_original not in ("cpu", "device", "none"):
-            raise ValueError(f"keep_original={keep_original!r} is unknown; expected 'cpu', 'device' or 'none'")
-        names = tuple(self._known(n) for n in (self.state.active if names is None else names))
-        new = tuple(n for n in names if n not in self.state.merged)
-        if not new:
-            return
         if not self.state.enabled:
             raise ValueError("adapters are disabled: enable them before merging, or the merged model would run them")
-        for layer in self.layers.values():
+        self._merge(names, weights, safe_merge, keep_original, progressbar)
+
+    def check_merge(
+        self,
+        names: Iterable[str] | None = None,
+        safe_merge: bool = False,
+        progressbar: bool = False,
+        weights: Mapping[str, Weight] | None = None,
+    ) -> None:
+        """Raise what `merge` would raise for these arguments; nothing changes."""
+        with ExitStack() as undo:
+            self._check_merge(names, weights or {}, safe_merge, progressbar, undo)
+
+    def _check_merge(
+        self,
+        names: Iterable[str] | None,
+        weights: Mapping[str, Weight],
+        safe_merge: bool,
+        progressbar: bool,
+        undo: ExitStack,
+    ) -> tuple[str, ...]:
+        """Set the weights, until `undo`, and find out what there is to merge then."""
+        names = (weights or self.state.active) if names is None else names
+        names = [names] if isinstance(names, str) else list(names)
+        foreign = sorted(weights.keys() - set(names))
+        if foreign:
+            raise ValueError(f"weights has {foreign}, which are not among the adapters to merge: {names}")
+        new = tuple(dict.fromkeys(self._known(n) for n in names if n not in self.state.merged))
+        undo.callback(self._set_strengths, [(a, a.strength) for n in weights for a in self.adapters(n).values()])
+        for name, weight in weights.items():
+            self.set_weight(name, weight)
+        self._check_together((*self.state.merged, *new))
+        here = {path: layer for path, layer in self.layers.items() if layer.to_merge(new)}
+        for layer in here.values():
             for name in layer.to_merge(new):
                 layer.adapters[name].check_mergeable()
         if safe_merge:
-            for path, layer in self.layers.items():
-                here = layer.to_merge(new)
-                if here and not all(t is None or t.isfinite().all() for t in layer.folded(here)):
-                    raise ValueError(
-                        f"NaNs detected in the merged weights of {path}. The adapter {here[-1]} seems to be broken"
-                    )
-        shared = _shared_parameters(self.model) if keep_original == "none" else set()
-        for layer in tqdm(self.layers.values(), "merging", disable=not progressbar, unit="layer"):
-            alone = keep_original == "none" and id(layer.site.module._parameters.get("weight")) not in shared
-            layer.merge(new, keep_original, in_place=alone)
-        self.state.merged = (*self.state.merged, *new)
+            for path, layer in tqdm(here.items(), "checking", disable=not progressbar, unit="layer"):
+                layer.check_merge(new, path)
+        return new
+
+    def _merge(
+        self,
+        names: Iterable[str] | None,
+        weights: Mapping[str, Weight] | None,
+        safe_merge: bool,
+        keep_original: str,
+        progressbar: bool,
+    ) -> None:
+        if keep_original not in ("cpu", "device", "none"):
+            raise ValueError(f"keep_original={keep_original!r} is unknown; expected 'cpu', 'device' or 'none'")
+        with ExitStack() as undo:
+            new = self._check_merge(names, weights or {}, safe_merge, progressbar, undo)
+            undo.callback(self._undo_partial_merge)
+            shared = _shared_parameters(self.model) if keep_original == "none" else set()
+            here = [layer for layer in self.layers.values() if layer.to_merge(new)]
+            for layer in tqdm(here, "merging", disable=not progressbar, unit="layer"):
+                alone = shared.isdisjoint(map(id, layer.site.module._parameters.values()))
+                layer.merge(new, keep_original, in_place=keep_original == "none" and alone)
+            undo.pop_all()
+        with self.trainability.change():
+            self.state.merge((*self.state.merged, *new))
+
+    def _undo_partial_merge(self) -> None:
+        """After memory ran out or the user interrupted: layers that kept their originals go back to what the state
+        says. Others stay merged, and the same merge, called again, does the rest."""
+        for layer in self.layers.values():
+            if layer.recoverable and not set(layer.merged_adapters) <= set(self.state.merged):
+                layer.unmerge()
+                layer.merge(self.state.merged)
 
     def unmerge(self) -> None:
-        """Put the original weights back, bit for bit."""
+        """Put the original weights back, bit for bit; what was active before is so again.
+
+        Raises:
+            MergedError: they were merged with `keep_original="none"`; nothing has changed then.
+        """
+        for layer in self.layers.values():
+            layer.check_kept()
         for layer in self.layers.values():
             layer.unmerge()
-        self.state.merged = ()
+        with self.trainability.change():
+            self.state.merge(())
 
     # ---------------------------------------------------------------- combining
 
     def combine(
         self,
         names: Sequence[str],
-        weights: Sequence[float],
+        weights: Sequence[Weight],
         new_name: str,
         combination_type: str = "svd",
+        *,
+        progressbar: bool = False,
         **options: Any,
-    ) -> None:
-        """Add an adapter `new_name`, a LoRA, that is a weighted combination of others (see `combine.COMBINATIONS`).
+    ) -> Report:
+        """Add an adapter `new_name`, a frozen LoRA of scale 1, that is a weighted combination of others.
 
-        options: fields of `combine.Options`. Layers that only some adapters target combine those.
+        Adapters may be of any methods that are a change of weights, at any ranks; layers that only some target combine
+        those. Modules trained whole become the base's plus the weighted sum of what training changed in them.
+
+        Arguments:
+            weights: one for each adapter: a number, or numbers by block (see `weights.resolve`). 1 is as trained, and
+                negative ones subtract.
+            combination_type: a name in `combination_types()`.
+            options: what that kind reads (`combination_types()[kind].options`).
+
+        Returns:
+            How near the result is to what the kind defines, by layer and in all.
 
         Raises:
-            ValueError: unknown adapters or options, or adapters that this kind cannot combine; nothing has changed.
+            ValueError: unknown adapters, kinds or options, or adapters that this kind cannot combine; nothing has
+                changed.
         """
-        if not names or len(names) != len(weights):
-            raise ValueError(f"{len(names)} adapters and {len(weights)} weights: give one weight for each adapter")
-        if not all(isfinite(weight) for weight in weights):
-            raise ValueError(f"weights {list(weights)} are not all finite")
-        by_path: dict[str, list[tuple[Adapter, float]]] = {}
-        for name, weight in zip(names, weights, strict=True):
-            for path, adapter in self.adapters(name).items():
-                if adapter.whole is not None:
-                    raise ValueError(f"adapter {name!r} trains {path} whole (modules_to_save): it cannot be combined")
-                by_path.setdefault(path, []).append((adapter, weight))
-        factors = combine(by_path, combination_type, Options(**options))
-        config = lora_config(self.configs[names[0]], {path: b.shape[1] for path, (b, _) in factors.items()})
-        config.target_modules = condense(factors, walk(self.model))
-        half = all(adapter.dtype.itemsize == 2 for found in by_path.values() for adapter, _ in found)
-        self.add(new_name, config, trainable=False, autocast_adapter_dtype=not half, initialise=False)
-        for path, adapter in self.adapters(new_name).items():
-            cast(LoRA, adapter).set_factors(*factors[path])
+        for name in names:
+            self._known(name)
+        self._check_new(new_name, LoraConfig())
+        made = blend(self, names, weights, combination_type, progressbar=progressbar, **options)
+        half = all(tensor.itemsize == 2 for tensor in made.tensors.values())
+        self.load(new_name, made.config, made.tensors, autocast_adapter_dtype=not half)
+        return made.report
+
+    def reason_against(self, names: Sequence[str], combination_type: str) -> str | None:
+        """Why these adapters cannot be combined so, in one sentence, or None if they can.
+
+        Raises:
+            ValueError: unknown adapters or an unknown kind.
+        """
+        names = [self._known(name) for name in names]
+        kind = find_combination(combination_type)
+        try:
+            found = Sources(self, names, [1.0] * len(names))
+        except ValueError as error:
+            return str(error)
+        return kind.reason_against(found.parts, len(names))
 
     # ---------------------------------------------------------------- small things
 

@@ -126,9 +126,17 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
-    def fold_in_place(self, weight: Tensor) -> bool:
-        """Fold into a stored weight (out, cols), rounding once, if that can be done cheaply; says whether it was."""
+    @property
+    def by_rows(self) -> bool:
+        """Whether `fold_rows` is there: rows of W fold apart from each other, and the bias stays as it is."""
         return False
+
+    def fold_rows(self, tile: Tensor, rows: slice) -> None:
+        """What `fold` does, in place, to some rows of W: a merge then needs no memory of W's size.
+
+        tile: those rows (rows, cols), in float32 at least.
+        """
+        raise NotImplementedError
 
     def check_mergeable(self) -> None:
         """Raise `NotMergeableError`, with the reason, if no weight is equal to this adapter."""
@@ -251,18 +259,16 @@ class Factored(Dense):
         return self.site.accumulate(y, self.site.reduce(x, a), b, self.gain)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        b, a = self.factors()
-        return (b.to(weight.dtype) * self.gain).mm(a.to(weight.dtype)).add_(weight), bias
+        b, a = (f.to(weight.dtype) for f in self.factors())
+        return torch.addmm(weight, b, a, alpha=self.gain), bias
 
-    def fold_in_place(self, weight: Tensor, rows: int = 256) -> bool:
-        b, a = (f.to(wide(weight[:0]).dtype) for f in self.factors())
-        if weight.dtype == b.dtype:
-            weight.addmm_(b, a, alpha=self.gain)
-            return True
-        for start in range(0, len(weight), rows):  # in half precision: tiles, so that no wide copy of W is made
-            tile = weight[start : start + rows]
-            tile.copy_(tile.to(b.dtype).addmm_(b[start : start + rows], a, alpha=self.gain))
-        return True
+    @property
+    def by_rows(self) -> bool:
+        return type(self).fold is Factored.fold
+
+    def fold_rows(self, tile: Tensor, rows: slice) -> None:
+        b, a = self.factors()
+        tile.addmm_(b[rows].to(tile.dtype), a.to(tile.dtype), alpha=self.gain)
 
     def row_norms(self, weight: Tensor) -> Tensor:
         # |w + s d|^2 = |w|^2 + 2 s (w . d) + s^2 |d|^2 with d = B A, without building a matrix of W's size.
@@ -297,6 +303,13 @@ class Transform(Adapter):
         if self.side == "output":
             return self.map(weight.T).T, None if bias is None else self.map(bias)
         return self.pull(weight), bias
+
+    @property
+    def by_rows(self) -> bool:
+        return self.side == "input" and self.site.groups == 1 and type(self).fold is Transform.fold
+
+    def fold_rows(self, tile: Tensor, rows: slice) -> None:
+        tile.copy_(self.pull(tile))
 
     def check_mergeable(self) -> None:
         super().check_mergeable()

@@ -1,185 +1,217 @@
-r"""Weighted combinations of adapters: several $\Delta W_i = B_i A_i$ with weights become one.
+"""Several adapters, of any methods, become one LoRA: `blend` computes it, a layer at a time.
 
-A combination is a function from `Part`s to factors of the new adapter, registered by its name; the new adapter has
-scale 1. Everything is computed in float32 at least, whatever the adapters are kept in.
+How the adapters of one layer are combined is a function registered in `combinations`; here is what is around it: which
+adapters a layer has and at which weights, modules that are trained whole, biases, and how near the result came.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import copysign, sqrt
-from typing import Literal, NamedTuple
+from functools import reduce
+from math import hypot, isfinite
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from .adapter import Adapter, Dense, wide
-from .tuners.dora import DoRA
+from .adapter import wide
+from .attach import META
+from .combinations import Combination, combination_types
+from .combinations.registry import Part
+from .layer import AdaptedLayer
+from .lowrank import LowRank
+from .sites import Embedding
+from .targets import condense, walk
+from .tuners.lora import LoRA, LoraConfig, lora_config
+from .weights import Weight, resolve
 
-
-class Part(NamedTuple):
-    """One adapter of one layer: its factors, and its weight with its own scale multiplied in."""
-
-    b: Tensor  # (out, r)
-    a: Tensor  # (r, cols)
-    weight: float
+if TYPE_CHECKING:
+    from .adapted import AdaptedModel
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of the combinations, under PEFT's names."""
+class Report:
+    """How near a combined adapter is to what its kind defines: what was lost by cutting to a rank, and by clamping.
 
-    svd_rank: int | None = None
-    """Rank of an "svd" result; None takes the largest rank among the adapters."""
-    svd_clamp: float | None = None
-    """Quantile at which the factors of an "svd" are clamped; None does not clamp."""
-    density: float | None = None
-    """Share of the entries that "ties" keeps, in (0, 1]."""
-    majority_sign_method: Literal["total", "frequency"] = "total"
-    """How "ties" elects signs: by the sum of the values, or of their signs."""
-
-
-Combination = Callable[[list[Part], Options], tuple[Tensor, Tensor]]
-COMBINATIONS: dict[str, Combination] = {}
-EQUAL_RANKS = {"linear", "ties"}
-"""Combinations that add factors entry by entry, which only equal ranks allow."""
-
-
-def combination(function: Combination) -> Combination:
-    """Register a combination under its function's name."""
-    COMBINATIONS[function.__name__] = function
-    return function
-
-
-@combination
-def cat(parts: list[Part], options: Options) -> tuple[Tensor, Tensor]:
-    r"""The exact sum $\sum_i w_i B_i A_i$, by putting the factors side by side; ranks add up."""
-    return torch.cat([p.b for p in parts], 1), torch.cat([p.weight * p.a for p in parts])
-
-
-@combination
-def linear(parts: list[Part], options: Options) -> tuple[Tensor, Tensor]:
-    r"""Factors added apart, each with the root of its weight: $(\sum_i \sqrt{w_i} B_i)(\sum_i \sqrt{w_i} A_i)$.
-
-    Not the sum of the products: it has cross terms. PEFT's definition, kept for its files' users; prefer cat or svd.
+    Errors are Frobenius norms of the difference, relative to the norm of the target; 0 where nothing was cut, NaN for
+    kinds that work on factors, which have no target. Storing the result in half precision comes on top.
     """
-    weights_b, weights_a = _roots(parts)
-    b = sum(w * p.b for w, p in zip(weights_b, parts, strict=True))
-    a = sum(w * p.a for w, p in zip(weights_a, parts, strict=True))
-    return b, a  # type: ignore[return-value]
+
+    error: float
+    """Relative error of all layers together."""
+    errors: dict[str, float]
+    """Relative error by layer path."""
+    ranks: dict[str, int]
+    """Rank by layer path."""
 
 
-@combination
-def svd(parts: list[Part], options: Options) -> tuple[Tensor, Tensor]:
-    """The best approximation of the exact sum among matrices of the chosen rank (Eckart-Young).
+class Blend(NamedTuple):
+    """A combined adapter as a file holds it, tensors by name without prefix; attached to nothing."""
 
-    With R the summed rank, the QR decompositions of the concatenated factors leave an R x R core to decompose:
-    O((out + cols) R^2) where a dense SVD costs O(out * cols * min(out, cols)).
-    """
-    b, a = cat(parts, options)
-    rank = options.svd_rank or max(p.b.shape[1] for p in parts)
-    size = b.shape[1]
-    if size < min(b.shape[0], a.shape[1]):
-        (h_b, tau_b), (h_a, tau_a) = torch.geqrf(b), torch.geqrf(a.T)
-        u, s, vh = torch.linalg.svd(h_b[:size].triu() @ h_a[:size].triu().T, full_matrices=False)
-        u, vh = _times_q(h_b, tau_b, u[:, :rank]), _times_q(h_a, tau_a, vh[:rank].T).T
-    else:
-        u, s, vh = torch.linalg.svd(b @ a, full_matrices=False)
-        u, vh = u[:, :rank], vh[:rank]
-    u = u * s[:rank]
-    if options.svd_clamp is not None:
-        limit = torch.quantile(torch.cat([u.flatten(), vh.flatten()]), options.svd_clamp)
-        u, vh = u.clamp(-limit, limit), vh.clamp(-limit, limit)
-    return u, vh
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+    report: Report
 
 
-def _times_q(reflectors: Tensor, tau: Tensor, x: Tensor) -> Tensor:
-    """Q x for Q (n, R) as `geqrf` leaves it, as reflectors, and x (R, k): cheaper than to build Q first."""
-    padded = x.new_zeros(len(reflectors), x.shape[1])
-    padded[: len(x)] = x
-    return torch.ormqr(reflectors, tau, padded)
-
-
-@combination
-def ties(parts: list[Part], options: Options) -> tuple[Tensor, Tensor]:
-    """TIES (Yadav et al. 2023, arXiv:2306.01708) on the factors: trim to the largest entries, elect the sign of each
-    entry, average what agrees with it."""
-    weights_b, weights_a = _roots(parts)
-    return _ties([p.b for p in parts], weights_b, options), _ties([p.a for p in parts], weights_a, options)
-
-
-def _roots(parts: list[Part]) -> tuple[list[float], list[float]]:
-    """Roots of the weights for B and A; one factor takes the sign, so that a negative weight negates the delta."""
-    roots = [sqrt(abs(p.weight)) for p in parts]
-    return roots, [copysign(root, p.weight) for root, p in zip(roots, parts, strict=True)]
-
-
-def _ties(tensors: list[Tensor], weights: list[float], options: Options) -> Tensor:
-    density = options.density
-    if density is None or not 0 < density <= 1:
-        raise ValueError(f"ties needs density, the share of entries to keep, in (0, 1]; got {density}")
-    kept = torch.stack([_largest(t, density) for t in tensors])  # (adapters, *shape)
-    votes = kept if options.majority_sign_method == "total" else kept.sign()
-    elected = torch.where(votes.sum(0) >= 0, 1.0, -1.0)
-    agrees = kept.sign() == elected
-    scaled = kept * kept.new_tensor(weights).view(-1, *[1] * (kept.ndim - 1))
-    return (scaled * agrees).sum(0) / agrees.sum(0).clamp(min=1)
-
-
-def _largest(tensor: Tensor, density: float) -> Tensor:
-    """The tensor with only its largest entries by magnitude."""
-    size, count = tensor.numel(), int(density * tensor.numel())
-    if count == 0:
-        return torch.zeros_like(tensor)
-    threshold = tensor.abs().flatten().kthvalue(size - count + 1).values
-    return torch.where(tensor.abs() >= threshold, tensor, 0.0)
-
-
-def part_of(adapter: Adapter, weight: float, path: str) -> Part:
-    """Factors of one layer's adapter.
+def find_combination(kind: str) -> Combination:
+    """The combination of this name.
 
     Raises:
-        ValueError: its method does not add a matrix to the weight.
+        ValueError: there is none.
     """
-    if isinstance(adapter, DoRA) or not isinstance(adapter, Dense) or getattr(adapter.config, "lora_bias", False):
-        kind = type(adapter).__name__ + (" with lora_bias" if isinstance(adapter, Dense) else "")
-        raise ValueError(f"{path}: {kind} is not a matrix added to the weight, so it cannot be combined")
-    factors = adapter.factors()
-    if factors is None:
-        delta = wide(adapter.delta())
-        factors = delta, torch.eye(delta.shape[1], dtype=delta.dtype, device=delta.device)
-    b, a = (wide(f.detach()) for f in factors)
-    return Part(b, a, weight * adapter.gain)
+    if kind not in combination_types():
+        raise ValueError(f"combination_type={kind!r} is unknown; known: {sorted(combination_types())}")
+    return combination_types()[kind]
 
 
 @torch.no_grad()
-def combine(
-    adapters: dict[str, list[tuple[Adapter, float]]], kind: str, options: Options
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Combined factors B (out, r), A (r, cols) of every layer.
+def blend(
+    model: AdaptedModel,
+    names: Sequence[str],
+    weights: Sequence[Weight],
+    kind: str = "svd",
+    *,
+    progressbar: bool = False,
+    **options: Any,
+) -> Blend:
+    """Combine adapters of `model`, which stays as it is. See `AdaptedModel.combine`.
 
-    Arguments:
-        adapters: by layer path, the adapters there with their weights.
-        kind: a name of `COMBINATIONS`.
+    Layers that only some adapters target combine those. Deltas of the size of a weight exist for one layer at a time.
+    """
+    combination = find_combination(kind)
+    found = Sources(model, names, weights)
+    combination.check_options(options)
+    reason = combination.reason_against(found.parts, len(names))
+    if reason is not None:
+        raise ValueError(reason)
+    given = {name: value for name, value in options.items() if value is not None}
+    given = _with_rank(combination, found.parts, given)
+    combined: dict[str, LowRank] = {}
+    biases: dict[str, Tensor] = {}
+    for path, parts in tqdm(found.parts.items(), kind, disable=not progressbar, unit="layer"):
+        combined[path] = _checked(combination, parts, path, given)
+        changes = [part.weight * change for part in parts if (change := part.bias_delta()) is not None]
+        if changes:
+            biases[path] = torch.stack(changes).sum(0)
+    return _packed(model, names, found, combined, biases)
+
+
+def _checked(combination: Combination, parts: list[Part], path: str, options: dict[str, Any]) -> LowRank:
+    try:
+        low = combination(parts, path, **options)
+        finite = isfinite(low.b.sum().item() + low.a.sum().item())
+    except torch.linalg.LinAlgError:  # which is how decompositions take such numbers
+        finite = False
+    if not finite:
+        raise ValueError(f"{path}: the combined adapter is NaN or infinite: one of the adapters is broken there")
+    return low
+
+
+class Sources:
+    """What is combined: by layer path its adapters at their weights, and the copies of modules trained whole.
 
     Raises:
-        ValueError: an unknown kind, adapters that are no sums, or ranks that the kind cannot take.
+        ValueError: unknown adapters, no weight for each, a layer that is adapted by one and trained whole by another,
+            or an adapter that trains biases of the base model, which are not its own.
     """
-    if kind not in COMBINATIONS:
-        raise ValueError(f"combination_type={kind!r} is unknown; known: {sorted(COMBINATIONS)}")
-    if options.majority_sign_method not in ("total", "frequency"):
-        raise ValueError(f"majority_sign_method={options.majority_sign_method!r} is neither 'total' nor 'frequency'")
-    if options.svd_rank is not None and options.svd_rank < 0:
-        raise ValueError(f"svd_rank={options.svd_rank} is no rank")
-    combined = {}
-    for path, weighted in adapters.items():
-        parts = [part_of(adapter, weight, path) for adapter, weight in weighted]
-        ranks = [p.b.shape[1] for p in parts]
-        if kind in EQUAL_RANKS and len(set(ranks)) > 1:
+
+    def __init__(self, model: AdaptedModel, names: Sequence[str], weights: Sequence[Weight]):
+        if not names or len(names) != len(weights):
+            raise ValueError(f"{len(names)} adapters and {len(weights)} weights: give one weight for each adapter")
+        self.places = walk(model.model)
+        adapters = {name: model.adapters(name) for name in names}
+        for name in names:
+            if model.state.biases.get(name):
+                raise ValueError(
+                    f"adapter {name!r} trains biases of the base model, which are everybody's: it cannot be combined"
+                )
+        resolved = [(adapters[n], resolve(weight, adapters[n])) for n, weight in zip(names, weights, strict=True)]
+        self.parts: dict[str, list[Part]] = {}
+        self.copies: dict[str, list[Part]] = {}
+        for path, place in self.places.items():
+            if not isinstance(place.module, AdaptedLayer):
+                continue
+            here = [Part(found[path], place.module, at[path]) for found, at in resolved if path in found]
+            whole = [part for part in here if part.adapter.whole is not None]
+            if whole and len(whole) < len(here):
+                raise ValueError(
+                    f"{path} is trained whole (modules_to_save) by some of {list(names)} and adapted by others: they "
+                    "cannot be combined"
+                )
+            if here:
+                (self.copies if whole else self.parts)[path] = here
+
+
+def _with_rank(combination: Combination, layers: Mapping[str, list[Part]], options: dict[str, Any]) -> dict[str, Any]:
+    """`options` with a rank to cut to: without one, the largest rank of the adapters."""
+    if "svd_rank" not in combination.options or "svd_rank" in options or "max_error" in options:
+        return options
+    for path, parts in layers.items():
+        for part in parts:
+            if part.rank is None:
+                raise ValueError(
+                    f"{path}: {part.method} has no rank to go by: give svd_rank, or max_error for ranks that keep to it"
+                )
+    return {**options, "svd_rank": max(part.rank or 0 for parts in layers.values() for part in parts)}
+
+
+def _packed(
+    model: AdaptedModel,
+    names: Sequence[str],
+    found: Sources,
+    combined: Mapping[str, LowRank],
+    biases: Mapping[str, Tensor],
+) -> Blend:
+    config = lora_config(model.configs[names[0]], {path: low.b.shape[1] for path, low in combined.items()})
+    config.target_modules = condense(combined, found.places)
+    config.modules_to_save = list(found.copies) or None
+    config.lora_bias = bool(biases)
+    tensors: dict[str, Tensor] = {}
+    for path, low in combined.items():
+        parts = found.parts[path]
+        if biases and isinstance(parts[0].layer.site, Embedding):
             raise ValueError(
-                f"{path}: ranks {ranks} differ, and {kind!r} adds factors entry by entry: use 'cat' or 'svd', which "
-                "take any ranks"
+                f"{path}: the blend changes the bias of {next(iter(biases))}, and a LoRA with biases cannot adapt an "
+                "embedding"
             )
-        combined[path] = COMBINATIONS[kind](parts, options)
+        dtype = reduce(torch.promote_types, [part.adapter.dtype for part in parts])
+        lora = config.build(parts[0].layer.site, path, META, dtype)
+        assert isinstance(lora, LoRA)
+        lora.set_factors(low.b, low.a, biases.get(path))
+        tensors |= {f"{path}.{key}": held[name] for key, held, name in lora.slots()}
+    for path, parts in found.copies.items():
+        tensors |= {f"{path}.{key}": tensor for key, tensor in _average(path, parts).items()}
+    return Blend(config, tensors, _report(combined))
+
+
+def _report(combined: Mapping[str, LowRank]) -> Report:
+    error, norm = (hypot(*(getattr(low, of) for low in combined.values())) for of in ("error", "norm"))
+    errors = {path: _relative(low.error, low.norm) for path, low in combined.items()}
+    return Report(_relative(error, norm), errors, {path: low.b.shape[1] for path, low in combined.items()})
+
+
+def _relative(error: float, norm: float) -> float:
+    return error / norm if error else 0.0
+
+
+def _average(path: str, copies: list[Part]) -> dict[str, Tensor]:
+    r"""Tensors of a module that adapters train whole: $M + \sum_i w_i (M_i - M)$ with M the base model's.
+
+    For weights that sum to one this is the weighted average of the copies.
+    """
+    base = copies[0].layer.base_layer.state_dict()
+    trained = [(part.weight, part.adapter.whole.state_dict()) for part in copies if part.adapter.whole is not None]
+    combined = {}
+    for key, original in base.items():
+        if any(key not in copy for _, copy in trained):
+            raise ValueError(f"{path} is trained whole, and {key} is not in every copy of it: they cannot be combined")
+        if original.is_floating_point():
+            moved = [weight * (wide(copy[key]) - wide(original)) for weight, copy in trained]
+            combined[key] = (wide(original) + torch.stack(moved).sum(0)).to(trained[0][1][key].dtype)
+        elif all(torch.equal(copy[key], trained[0][1][key]) for _, copy in trained):
+            combined[key] = trained[0][1][key].clone()
+        else:
+            raise ValueError(f"{path} is trained whole, and its {key} are whole numbers, which have no average")
     return combined

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Names = tuple[str, ...]
 
+TILE = 2**20
+"""Entries of a weight that a merge works on at a time: few enough for a processor's cache, enough for full speed."""
+
 
 class State:
     """What is switched on: one object per model, shared by all its layers.
@@ -31,7 +34,7 @@ class State:
         self.active: Names = ()
         self.enabled = True
         self.running: Names = ()
-        """The adapters that forward applies, in order: `active` while enabled."""
+        """The adapters that the model's output shows, in order: the merged ones, else those active while enabled."""
         self.merged: Names = ()
         self.configs: dict[str, PeftConfig] = {}
         self.trainable: set[str] = set()
@@ -51,6 +54,11 @@ class State:
             )
         self.active, self.enabled = active, enabled
         self.running = active if enabled else ()
+
+    def merge(self, names: Names) -> None:
+        """Exactly these are in the weights: while there are any, they and no others run."""
+        self.merged = names
+        self.running = names or (self.active if self.enabled else ())
 
 
 class Base(Inner):
@@ -87,11 +95,16 @@ class Stacked(Inner):
 def fold(adapter: Adapter, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """`adapter.fold` at the adapter's strength."""
     new_weight, new_bias = adapter.fold(weight, bias)
-    if adapter.strength == 1.0 or isinstance(adapter, Branch):
+    if _knows_strength(adapter):
         return new_weight, new_bias
     if new_bias is not None:
         new_bias = torch.lerp(torch.zeros_like(new_bias) if bias is None else bias, new_bias, adapter.strength)
     return torch.lerp(weight, new_weight, adapter.strength), new_bias
+
+
+def _knows_strength(adapter: Adapter) -> bool:
+    """Whether the adapter's own `fold` is right as it is: a branch multiplies its strength in."""
+    return adapter.strength == 1.0 or isinstance(adapter, Branch)
 
 
 class Kept:
@@ -108,13 +121,19 @@ class Kept:
         self.elsewhere = weakref.ref(parameter) if keep != "overwritten" else _nothing
         self.copy = parameter.detach().to("cpu", copy=True) if keep == "cpu" and not stays else None
 
-    def restore(self, like: Tensor) -> nn.Parameter | None:
-        """The original on the device and in the dtype of `like`, or None if nothing was kept."""
-        parameter = self.parameter if self.parameter is not None else self.elsewhere()
-        if parameter is not None and (parameter.device, parameter.dtype) == (like.device, like.dtype):
-            return parameter
-        source = self.copy if parameter is None else parameter
-        return None if source is None else nn.Parameter(source.detach().to(like), requires_grad=self.requires_grad)
+    @property
+    def original(self) -> Tensor | None:
+        """The parameter, or its copy, or None if nothing was kept."""
+        found = (self.parameter, self.elsewhere(), self.copy)
+        return next((tensor for tensor in found if tensor is not None), None)
+
+    def restore(self, like: Tensor) -> nn.Parameter:
+        """The original on the device and in the dtype of `like`."""
+        original = self.original
+        assert original is not None
+        if isinstance(original, nn.Parameter) and (original.device, original.dtype) == (like.device, like.dtype):
+            return original
+        return nn.Parameter(original.detach().to(like), requires_grad=self.requires_grad)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"elsewhere": _nothing}
@@ -230,17 +249,27 @@ class AdaptedLayer(nn.Module):
     # ---------------------------------------------------------------- merging
 
     @torch.no_grad()
-    def folded(self, names: Names) -> tuple[Tensor, Tensor | None]:
-        """W (out, cols) and b (out,) with these adapters and those merged before, at least float32.
+    def check_merge(self, names: Names, path: str) -> None:
+        """Raise `ValueError` if merging these adapters would make the weights NaN or infinite in their own dtype."""
+        new, dtype = self.to_merge(names), self.site.place[1]
+        weight, bias = self._folded(*self._to_fold(new))
+        if not all(t is None or t.to(dtype).isfinite().all() for t in (weight, bias)):
+            raise ValueError(f"NaNs detected in the merged weights of {path}. The adapter {new[-1]} seems to be broken")
 
-        They start from the original weight, so that merging one by one equals merging at once.
+    def _to_fold(self, names: Names) -> tuple[dict[str, Any], list[Adapter]]:
+        """The parameters that merging `names` starts from, and what is folded into them.
+
+        Where the originals are known they are the start, so that merging one by one equals merging at once.
         """
         originals = self._originals()
-        stored = self.site.module._parameters | (originals or {})
+        chain = names if originals is None else (*self.merged_adapters, *names)
+        return self.site.module._parameters | (originals or {}), [self.adapters[n] for n in chain]
+
+    def _folded(self, stored: dict[str, Any], adapters: list[Adapter]) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.site.to_matrix(stored["weight"]), stored.get("bias")
         weight, bias = wide(weight), None if bias is None else wide(bias)
-        for name in names if originals is None else [*self.merged_adapters, *names]:
-            weight, bias = fold(self.adapters[name], weight, bias)
+        for adapter in adapters:
+            weight, bias = fold(adapter, weight, bias)
         return weight, bias
 
     def to_merge(self, names: Names) -> Names:
@@ -248,34 +277,48 @@ class AdaptedLayer(nn.Module):
         here = (n for n in names if n in self.adapters and n not in self.merged_adapters)
         return tuple(n for n in here if self.adapters[n].whole is None)
 
+    @torch.no_grad()
     def merge(self, names: Names, keep: str = "cpu", in_place: bool = False) -> None:
         """Fold adapters into the base weight, rounding once; `keep` says where the original waits (see `Kept`).
 
-        `in_place` may write over a weight that nobody else holds and that is not kept: it needs no second copy.
+        `in_place` writes over parameters that nobody else holds and that are not kept.
         """
         new = self.to_merge(names)
         if not new:
             return
-        parameters = self.site.module._parameters
-        if in_place and len(new) == 1 and not self._kept and self._fold_in_place(new[0]):
+        stored, adapters = self._to_fold(new)
+        in_place = in_place and stored["weight"] is self.site.module._parameters["weight"]
+        if in_place and len(new) > 1 and stored["weight"].itemsize >= 4:  # nothing is rounded in between
+            for name in new:
+                self.merge((name,), keep, in_place)
             return
-        weight, bias = self.folded(new)
-        old, old_bias = parameters["weight"], parameters.get("bias")
-        self._put("weight", self.site.from_matrix(weight.to(old.dtype)), keep)
-        if bias is not None and (old_bias is None or not torch.equal(bias, wide(old_bias))):
-            self._put("bias", bias.to(old.dtype), keep)
+        if all(a.by_rows and _knows_strength(a) for a in adapters):
+            self._put("weight", self._folded_by_rows(stored["weight"], adapters, in_place), keep, in_place)
+        else:
+            old, old_bias = stored["weight"], stored.get("bias")
+            weight, bias = self._folded(stored, adapters)
+            self._put("weight", self.site.from_matrix(weight.to(old.dtype)), keep, in_place)
+            if bias is not None and (old_bias is None or not torch.equal(bias, wide(old_bias))):
+                self._put("bias", bias.to(old.dtype), keep, in_place)
         self.merged_adapters.extend(new)
         self.forget()
 
-    @torch.no_grad()
-    def _fold_in_place(self, name: str) -> bool:
-        weight: nn.Parameter = self.site.module._parameters["weight"]
-        if not self.adapters[name].fold_in_place(self.site.to_matrix(weight.data)):
-            return False
-        self._kept["weight"] = Kept(weight, "overwritten")
-        self.merged_adapters.append(name)
-        self.forget()
-        return True
+    def _folded_by_rows(self, old: Tensor, adapters: list[Adapter], in_place: bool) -> Tensor:
+        """The stored weight `old` with adapters folded in, over itself or as a new tensor: one tile of rows at a time,
+        so that whatever is wide or temporary is small."""
+        new = old.data if in_place else torch.empty_like(old.data, memory_format=torch.contiguous_format)
+        target = self.site.to_matrix(new)  # a copy if the weight lies in memory as no matrix does (channels_last)
+        source = target if in_place else self.site.to_matrix(old.data)
+        step = max(1, TILE // source.shape[1])
+        for start in range(0, len(source), step):
+            rows = slice(start, start + step)
+            tile = target[rows] if in_place else target[rows].copy_(source[rows])
+            wide_tile = wide(tile)  # the tile itself, unless in half precision
+            for adapter in adapters:
+                adapter.fold_rows(wide_tile, rows)
+            if wide_tile is not tile:
+                tile.copy_(wide_tile)
+        return self.site.from_matrix(target)
 
     def unmerge(self) -> None:
         """Put the original weights back, bit for bit.
@@ -283,33 +326,57 @@ class AdaptedLayer(nn.Module):
         Raises:
             MergedError: they were merged with `keep_original="none"`.
         """
-        originals = self._originals()
-        if originals is None:
-            raise MergedError(
-                "the original weights were not kept: merge with keep_original='cpu' or 'device' to unmerge later"
-            )
-        self.site.module._parameters.update(originals)
+        self.check_kept()
+        self.site.module._parameters.update(self._originals() or {})
         self._kept.clear()
         self.merged_adapters.clear()
         self.forget()
 
+    @property
+    def recoverable(self) -> bool:
+        """Whether the weights before the merge are known."""
+        return not any(kept and kept.original is None for kept in self._kept.values())
+
+    def check_kept(self) -> None:
+        """Raise `MergedError` if the weights before the merge are gone."""
+        if not self.recoverable:
+            raise MergedError(
+                "the original weights were not kept: merge with keep_original='cpu' or 'device' to unmerge later"
+            )
+
+    def original(self) -> tuple[Tensor, Tensor | None]:
+        """W (out, cols) and b (out,) as they are without merged adapters: not to be written to.
+
+        Raises:
+            MergedError: they were not kept.
+        """
+        self.check_kept()
+        stored = self.site.module._parameters | (self._originals() or {})
+        return self.site.to_matrix(stored["weight"]), stored.get("bias")
+
     def _originals(self) -> dict[str, nn.Parameter | None] | None:
         """The parameters before the first merge ({} without one), or None if they were not kept."""
+        if not self.recoverable:
+            return None
         parameters = self.site.module._parameters
-        found = {name: kept and kept.restore(parameters[name]) for name, kept in self._kept.items()}
-        return None if any(kept and found[name] is None for name, kept in self._kept.items()) else found
+        return {name: kept and kept.restore(parameters[name]) for name, kept in self._kept.items()}
 
-    def _put(self, name: str, tensor: Tensor, keep: str) -> None:
+    def _put(self, name: str, tensor: Tensor, keep: str, in_place: bool) -> None:
         parameters = self.site.module._parameters
         old = parameters.get(name)
+        if in_place and old is not None:
+            self._kept.setdefault(name, Kept(old, "overwritten"))
+            if tensor.data_ptr() != old.data_ptr():
+                old.data.copy_(tensor)
+            return
         if name not in self._kept:
             self._kept[name] = None if old is None else Kept(old, keep)
         parameters[name] = nn.Parameter(tensor, requires_grad=old is not None and old.requires_grad)
 
-    def replacement(self) -> nn.Module:
-        """The plain module that stands for this layer once its adapters are merged."""
-        running = (self.adapters[n].whole for n in reversed(self.state.running) if n in self.adapters)
-        return next((module for module in running if module is not None), self.base_layer)
+    def replacement(self, names: Names | None = None) -> nn.Module:
+        """The plain module that stands for this layer with these adapters (None: the running ones) merged."""
+        here = [self.adapters[n] for n in (self.state.running if names is None else names) if n in self.adapters]
+        return next((a.whole for a in reversed(here) if a.whole is not None), self.base_layer)
 
     # ---------------------------------------------------------------- PEFT's face
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from .adapted import AdaptedModel
+from .combine import find_combination
 from .config import PeftConfig
 from .errors import PeftWarning
+from .weights import Weight
 
 
 class AdapterMethods:
@@ -72,7 +74,7 @@ class AdapterMethods:
     def add_weighted_adapter(
         self,
         adapters: list[str],
-        weights: list[float],
+        weights: Sequence[Weight],
         adapter_name: str,
         combination_type: str = "svd",
         svd_rank: int | None = None,
@@ -81,36 +83,48 @@ class AdapterMethods:
         svd_driver: str | None = None,
         density: float | None = None,
         majority_sign_method: str = "total",
+        **options: Any,
     ) -> None:
-        """Add an adapter that is a weighted combination of others: "cat", "linear", "svd" or "ties".
+        """Add an adapter that is a weighted combination of others, by any of `combination_types()`.
 
-        `svd_full_matrices` and `svd_driver` are PEFT's ways to tune a dense SVD; none is computed here. A name that
-        exists already is left as it is, as in PEFT.
+        options: those beyond PEFT's, `max_error` or `seed` for example. `svd_full_matrices` changes no result, and is
+        not needed. A name that exists already is left as it is, as in PEFT. `AdaptedModel.combine` does the same and
+        returns how near the result came.
         """
         if adapter_name in self.peft_config:
             return
-        self.handle.combine(
-            adapters,
-            weights,
-            adapter_name,
-            combination_type,
-            svd_rank=svd_rank,
-            svd_clamp=svd_clamp,
-            density=density,
-            majority_sign_method=majority_sign_method,
-        )
+        given = {
+            "svd_rank": svd_rank,
+            "svd_clamp": svd_clamp,
+            "svd_driver": svd_driver,
+            "density": density,
+            "majority_sign_method": None if majority_sign_method == "total" else majority_sign_method,
+        }
+        options |= {key: value for key, value in given.items() if value is not None}
+        unread = sorted(options.keys() & given.keys() - find_combination(combination_type).options.keys())
+        if unread:
+            warnings.warn(f"{combination_type!r} does not read {', '.join(unread)}", PeftWarning, stacklevel=2)
+        read = {key: value for key, value in options.items() if key not in unread}
+        self.handle.combine(adapters, weights, adapter_name, combination_type, **read)
 
     # ---------------------------------------------------------------- merging
 
     def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False, keep_original: str = "cpu"
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        keep_original: str = "cpu",
+        weights: Mapping[str, Weight] | None = None,
     ) -> None:
-        """Fold adapters (None: the active ones) into the base weights; `unmerge_adapter` undoes it bit for bit."""
-        names = self.active_adapters if adapter_names is None else adapter_names
+        """Fold adapters (None: the active ones) into the base weights; `unmerge_adapter` undoes it bit for bit.
+
+        `keep_original` and `weights` are those of `AdaptedModel.merge`.
+        """
+        names = [*(weights or self.active_adapters)] if adapter_names is None else adapter_names
         merged = [n for n in names if n in self.handle.state.merged]
         if merged:
             warnings.warn(f"Already merged: {', '.join(merged)}. Nothing to do for them.", PeftWarning, stacklevel=2)
-        self.handle.merge(names, safe_merge, keep_original)
+        self.handle.merge(names, safe_merge, keep_original, weights=weights)
 
     def unmerge_adapter(self) -> None:
         """Put the original weights back, bit for bit."""
@@ -119,12 +133,14 @@ class AdapterMethods:
         self.handle.unmerge()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        weights: Mapping[str, Weight] | None = None,
     ) -> nn.Module:
-        """The base model with adapters folded in, and no trace of them left."""
-        if adapter_names is not None and tuple(adapter_names) != self.handle.state.active:
-            self.handle.activate(*adapter_names)
-        return self.handle.detach(merge=True, safe_merge=safe_merge, progressbar=progressbar)
+        """The base model with adapters (None: the active ones) folded in, in place, and no trace of them left."""
+        return self.handle.merge_and_detach(adapter_names, safe_merge, progressbar, weights)
 
     def unload(self) -> nn.Module:
         """The base model with its original modules, and no trace of adapters left."""

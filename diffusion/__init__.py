@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .events import Checkpoint, Done, Event, Notice, Plan, Progress, ProgressBar, Sample, Step, Stopped
     from .families import family_of, load_pipeline
     from .grid import contact_sheet
-    from .pipeline import adapted_models, detach, load_adapter, read_adapter, remove_adapter, set_weights
+    from .pipeline import adapted_models, detach, load_adapter, merge, read_adapter, remove_adapter, set_weights
     from .sample import generate_each
     from .trainer import TrainingError
 
@@ -43,6 +43,7 @@ _HOME = {
     "generate_each": "sample",
     "load_adapter": "pipeline",
     "load_pipeline": "families",
+    "merge": "pipeline",
     "read_adapter": "pipeline",
     "remove_adapter": "pipeline",
     "set_weights": "pipeline",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .config import ConfigError
 from .generate import DrawOptions
@@ -13,6 +13,7 @@ from .settings import to_yaml
 from .weighted import Weighted, parse_weighted
 
 if TYPE_CHECKING:
+    from ..core import Report
     from .adapters import Adapters
     from .grid import Row
 
@@ -22,37 +23,58 @@ BLEND = "blend"
 
 @dataclass(frozen=True, kw_only=True)
 class CombineOptions:
-    """How adapters become one."""
+    """How adapters become one. docs/combinations.md tells the kinds and what they are good for."""
 
-    combination_type: Literal["cat", "linear", "svd", "ties"] = "cat"
-    """"cat" is the exact weighted sum, its rank the sum of the ranks; "svd" the nearest sum of a lower rank; "linear"
-    averages the factors one by one, for adapters of equal rank; "ties" keeps large changes and settles their signs."""
+    combination_type: Literal[
+        "cat", "svd", "linear", "slerp",
+        "ties", "dare_linear", "dare_ties", "magnitude_prune",
+        "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd", "della", "breadcrumbs",
+    ] = "cat"  # fmt: skip
+    """"cat" is the exact weighted sum, its rank the sum of the ranks; "svd" the nearest sum of a lower rank; "slerp"
+    goes from one adapter to another along an arc. The others prune first, so that adapters interfere less: what ends in
+    "svd", "della" and "breadcrumbs" work on the weights' changes and take any adapters; "ties", "dare_linear",
+    "dare_ties", "magnitude_prune" and "linear" work on factors and need LoRAs of equal rank."""
     svd_rank: int | None = None
-    """Rank of an "svd" blend. Not given, the largest rank of the inputs."""
+    """Rank of the blend, for kinds that cut to one. Not given, the largest rank of the inputs."""
+    max_error: float | None = None
+    """Instead of a rank, or below it: the largest relative error of a layer, such as 0.05, by which each finds its own
+    rank."""
+    svd_clamp: float | None = None
+    """Quantile at which the entries of the factors are clamped, such as 0.99; above 0.5."""
+    svd_driver: Literal["gesvd", "gesvdj", "gesvda"] | None = None
+    """cuSOLVER's routine for full decompositions, rather than faster iterations."""
     density: float | None = None
-    """Share of each adapter that "ties" keeps, above 0 to 1: its largest values."""
+    """Share of each adapter that the pruning kinds keep, above 0 to 1."""
     majority_sign_method: Literal["total", "frequency"] = "total"
-    """How "ties" settles a sign: by the sum of the values, or by their number."""
+    """How "ties", "dare_ties" and "della" settle a sign: by the sum of the values, or by their number."""
+    epsilon: float = 0.1
+    """How much the chance of "della" to keep an entry differs between a row's largest and smallest."""
+    gamma: float = 0.01
+    """Share of the largest entries, outliers, that "breadcrumbs" removes."""
+    seed: int = 0
+    """Seed of what "dare" and "della" keep."""
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the core's `combine`.
+        """Keyword arguments of the core's `combine`: the options that the kind reads.
 
         Raises:
-            ConfigError: an option that the combination does not have, or lacks one that it needs.
+            ConfigError: an option that the kind does not read, or lacks one that it needs.
         """
-        asked = {name: getattr(self, name) for name in OPTION_OF}
-        given = {name: value for name, value in asked.items() if value != getattr(CombineOptions, name)}
-        foreign = [name for name in given if OPTION_OF[name] != self.combination_type]
+        from ..core import combination_types
+
+        kind = combination_types()[self.combination_type]
+        asked = {f.name: (getattr(self, f.name), f.default) for f in fields(CombineOptions)}
+        del asked["combination_type"]
+        foreign = [name for name, (value, default) in asked.items() if value != default and name not in kind.options]
         if foreign:
-            belongs = ", ".join(f"{name} is an option of {OPTION_OF[name]!r}" for name in foreign)
-            raise ConfigError(f"{belongs}, not of {self.combination_type!r}")
-        if self.combination_type == "ties" and self.density is None:
-            raise ConfigError("'ties' needs density: the share of each adapter to keep, above 0 to 1")
-        return {"combination_type": self.combination_type, **given}
-
-
-OPTION_OF = {"svd_rank": "svd", "density": "ties", "majority_sign_method": "ties"}
-"""Which combination each further option belongs to."""
+            reads = ", ".join(kind.options) or "no options"
+            raise ConfigError(f"{self.combination_type!r} has no {', '.join(foreign)}: it reads {reads}")
+        read = {name: value for name, (value, _) in asked.items() if name in kind.options and value is not None}
+        try:
+            kind.check_options(read)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return {"combination_type": self.combination_type, **read}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +83,9 @@ class BlendConfig(CombineOptions, DrawOptions):
 
     adapters: tuple[str, ...]
     """Two or more adapter folders or files, each PATH or PATH=WEIGHT; 1 is as trained."""
+    block_weights: tuple[str, ...] = ()
+    """Weights of single blocks, each NAME:BLOCK=WEIGHT, such as `ink:unet.up_blocks=0.5`: NAME is the last part of an
+    adapter's path, BLOCK a part of a layer's path with its component. They multiply the adapter's own weight."""
     out: Path = Path("blend")
     """Folder for the new adapter, its preview `sheet.png` and this config."""
     prompts: tuple[str, ...] = ()
@@ -73,14 +98,18 @@ def blend(config: BlendConfig) -> None:
     from .grid import contact_sheet
     from .pipeline import save_adapter
 
+    config.arguments()  # what is wrong with them is known before anything is loaded
     inputs = parse_weighted(config.adapters)
     if len(inputs) < 2:
         raise ValueError(f"a blend needs two adapters or more, not {len(inputs)}: give PATH or PATH=WEIGHT for each")
+    blocks = parse_blocks(config.block_weights, [adapter.name for adapter in inputs])
     pipe = config.load_pipeline()
-    blended = combine(pipe, inputs, config)
-    save_adapter(config.out, blended, recipe(inputs, config, config.model))
+    blended = combine(pipe, inputs, config, blocks)
+    save_adapter(config.out, blended.adapters, recipe(inputs, config, config.model, blocks))
     write_text(config.out / "config.yaml", to_yaml(config))
     print(f"the blend is in {config.out}")
+    for component, report in blended.reports.items():
+        print(f"{component}: {told(report, config.combination_type)}")
     prompts = config.prompts or triggers(inputs)
     if not prompts:
         print("no preview: the adapters do not say what they answer to; give --prompts to draw one")
@@ -90,22 +119,67 @@ def blend(config: BlendConfig) -> None:
     print(f"its preview is {sheet}")
 
 
-def combine(pipe: Any, inputs: Sequence[Weighted], options: CombineOptions) -> Adapters:
+class Blended(NamedTuple):
+    """A blend, and how near it came, by component."""
+
+    adapters: Adapters
+    reports: dict[str, Report]
+
+
+def told(report: Report, kind: str) -> str:
+    """ "ranks 2 to 16, 12.3% from the exact 'svd'" """
+    low, high = min(report.ranks.values()), max(report.ranks.values())
+    ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+    return f"{ranks}, {report.error:.1%} from the exact {kind!r}" if report.error > 0 else ranks
+
+
+def combine(
+    pipe: Any,
+    inputs: Sequence[Weighted],
+    options: CombineOptions,
+    blocks: Mapping[str, Mapping[str, float]] | None = None,
+) -> Blended:
     """Load `inputs` onto `pipe` and combine them there, component by component, into a new adapter named `BLEND`.
 
-    A component that only some of the inputs adapt is combined from those.
+    A component that only some of the inputs adapt is combined from those. `blocks` are weights by adapter and block,
+    which multiply the adapters' own (see `veneer.core.weights`; paths start with the component).
     """
-    from .pipeline import adapted_models, load_adapter
+    from .pipeline import adapted_models, load_adapter, weights_by_component
 
     for adapter in inputs:
         load_adapter(pipe, adapter.path, adapter.name)
-    blended = {}
+    within = weights_by_component(pipe, {adapter.name: (blocks or {}).get(adapter.name, 1.0) for adapter in inputs})
+    blended = Blended({}, {})
     for component, model in adapted_models(pipe).items():
         here = [adapter for adapter in inputs if adapter.name in model.configs]
-        weights = [adapter.weight for adapter in here]
-        model.combine([adapter.name for adapter in here], weights, BLEND, **options.arguments())
-        blended[component] = model.configs[BLEND], {key: value.cpu() for key, value in model.tensors(BLEND).items()}
+        weights = [{p: w * adapter.weight for p, w in within[component][adapter.name].items()} for adapter in here]
+        report = model.combine([adapter.name for adapter in here], weights, BLEND, **options.arguments())
+        tensors = {key: value.cpu() for key, value in model.tensors(BLEND).items()}
+        blended.adapters[component] = model.configs[BLEND], tensors
+        blended.reports[component] = report
     return blended
+
+
+def parse_blocks(texts: Iterable[str], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """`["ink:unet.up_blocks=0.5"]` -> {"ink": {"unet.up_blocks": 0.5}}.
+
+    Raises:
+        ConfigError: another form, or an adapter that is not among `names`.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for text in texts:
+        name, colon, rest = text.partition(":")
+        block, equals, number = rest.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            equals = ""
+        if not (colon and equals and block):
+            raise ConfigError(f"block_weights has {text!r}; expected NAME:BLOCK=WEIGHT, as in ink:unet.up_blocks=0.5")
+        if name not in names:
+            raise ConfigError(f"block_weights has {text!r}, but {name!r} is none of the adapters {', '.join(names)}")
+        found.setdefault(name, {})[block] = weight
+    return found
 
 
 def triggers(inputs: Sequence[Weighted]) -> tuple[str, ...]:
@@ -116,9 +190,16 @@ def triggers(inputs: Sequence[Weighted]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*found, ", ".join(found)] if found else []))
 
 
-def recipe(inputs: Sequence[Weighted], options: CombineOptions, model: str) -> dict[str, str]:
+def recipe(
+    inputs: Sequence[Weighted],
+    options: CombineOptions,
+    model: str,
+    blocks: Mapping[str, Mapping[str, float]] | None = None,
+) -> dict[str, str]:
     """How the blend was made, for the files' headers. Names of the inputs only: local folders are nobody's business."""
     made = {"blend": {name: weight for name, _, weight in inputs}, **options.arguments()}
+    if blocks:
+        made["blocks"] = blocks
     together = ", ".join(triggers(inputs)[:-1])
     return {"base_model": model, "recipe": to_yaml(made)} | ({"trigger": together} if together else {})
 

@@ -173,7 +173,7 @@ def _blend_and_draw(
 
     inputs = parse_weighted(f"{path}={weight}" for path, weight in zip((subject, style), BLEND_WEIGHTS, strict=True))
     options = CombineOptions() if config.method == "lora" else CombineOptions(combination_type="svd", svd_rank=96)
-    save_adapter(both, combine(pipe, inputs, options), recipe(inputs, options, DRAW.model))
+    save_adapter(both, combine(pipe, inputs, options).adapters, recipe(inputs, options, DRAW.model))
     drawn = []
     names = inputs[0].name, inputs[1].name, BLEND
     for name, prompts in zip(names, (SUBJECT_PROMPTS, STYLE_PROMPTS, BLEND_PROMPTS), strict=True):

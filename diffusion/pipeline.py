@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 from ..core import AdaptedModel
 from ..core.files import WEIGHTS_NAME, read_metadata
+from ..core.weights import Weight, resolve
 from .adapters import Adapters
 from .dialects.diffusers_file import FILE_NAME, can_express, read_diffusers_file, write_diffusers_file
 from .dialects.names import fit_names
@@ -89,10 +90,10 @@ def load_adapter(
             model = adapted.setdefault(component, AdaptedModel(getattr(pipe, component)))
             model.load(name, config, fit_names(tensors, model.model))
             model.activate(*dict.fromkeys([*model.state.active, name]))
+        set_weights(pipe, {name: weight})
     except Exception:  # half an adapter is worse than none
         remove_adapter(pipe, name)
         raise
-    set_weights(pipe, {name: weight})
 
 
 def remove_adapter(pipe: Any, name: str) -> None:
@@ -102,18 +103,69 @@ def remove_adapter(pipe: Any, name: str) -> None:
             model.delete(name)
 
 
-def set_weights(pipe: Any, weights: Mapping[str, float]) -> None:
-    """Set the strength of loaded adapters by name, in every component; the others keep theirs."""
+def set_weights(pipe: Any, weights: Mapping[str, Weight]) -> None:
+    """Set the strength of loaded adapters by name, in every component; the others keep theirs.
+
+    A weight is one number, or numbers by component, block or layer: `{"text_encoder": 0.5, "unet.up_blocks": 1.0}`, as
+    `veneer.core.weights` reads them; the first that matches a layer decides, and what none matches stays as trained.
+
+    Raises:
+        ValueError: no such adapter, or a weight that is no number or matches nothing; nothing has changed then.
+        MergedError: the adapter is merged into the weights.
+    """
+    for component, by_path in weights_by_component(pipe, weights).items():
+        for name, weight in by_path.items():
+            adapted_models(pipe)[component].set_weight(name, weight)
+
+
+def merge(
+    pipe: Any, weights: Mapping[str, Weight] | None = None, *, safe_merge: bool = False, progressbar: bool = False
+) -> Any:
+    """Fold adapters into the pipeline's weights, in place and for good. Returns `pipe`, a plain pipeline again.
+
+    It saves with diffusers' `save_pretrained` and loads without Veneer.
+
+    **Arguments**: `weights` by adapter, as `set_weights` takes them, for those to merge; None merges what is switched
+    on at its present weight. `safe_merge` refuses weights that would become NaN or infinite. `progressbar` shows one.
+
+    Raises:
+        ValueError: no such adapter, a weight that is no number or matches nothing, or `safe_merge` found broken
+            weights; nothing has changed then.
+        NotMergeableError: a method that is no change of weights; nothing has changed then.
+    """
+    adapted = adapted_models(pipe)
+    if not adapted:
+        raise ValueError("the pipeline has no adapter to merge")
+    chosen = None if weights is None else weights_by_component(pipe, weights)
+    wanted: dict[str, dict[str, Any]] = {}
+    for component in adapted:
+        here = None if chosen is None else chosen.get(component, {})
+        names = None if here is None else list(here)
+        wanted[component] = {"names": names, "weights": here, "progressbar": progressbar}
+    for component, model in adapted.items():  # all of them, before any is changed
+        model.check_merge(**wanted[component], safe_merge=safe_merge)
+    for component, model in adapted.items():
+        model.merge_and_detach(**wanted[component])
+    _ADAPTED.pop(pipe, None)
+    return pipe
+
+
+def weights_by_component(pipe: Any, weights: Mapping[str, Weight]) -> dict[str, dict[str, dict[str, float]]]:
+    """Component -> adapter -> layer -> weight."""
     adapted = adapted_models(pipe)
     loaded = {name for model in adapted.values() for name in model.configs}
     unknown = sorted(weights.keys() - loaded)
     if unknown:
         has = ", ".join(sorted(loaded)) or "none"
         raise ValueError(f"the pipeline has no adapter {', '.join(unknown)}; it has {has}")
-    for model in adapted.values():
-        for name, weight in weights.items():
-            if name in model.configs:
-                model.set_weight(name, weight)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, weight in weights.items():
+        having = {component: model for component, model in adapted.items() if name in model.configs}
+        places = [(component, path) for component, model in having.items() for path in model.adapters(name)]
+        resolved = resolve(weight, [f"{component}.{path}" for component, path in places])
+        for (component, path), number in zip(places, resolved.values(), strict=True):
+            found.setdefault(component, {}).setdefault(name, {})[path] = number
+    return found
 
 
 def detach(pipe: Any) -> Any:

@@ -81,6 +81,15 @@ class DoRA(Adapter):
             bias = extra * gain if bias is None else bias + extra * gain
         return gain[:, None] * moved, bias
 
+    @property
+    def by_rows(self) -> bool:
+        return self.direction.by_rows
+
+    def fold_rows(self, tile: Tensor, rows: slice) -> None:
+        self.direction.fold_rows(tile, rows)
+        m = self.lora_magnitude_vector.flatten()[rows].to(tile.dtype)
+        tile.mul_((m / tile.norm(dim=1))[:, None])
+
     def slots(self) -> Iterator[Slot]:
         """The direction's tensors keep their own names, as in PEFT's files."""
         return ((name.removeprefix("direction."), held, key) for name, held, key in super().slots())

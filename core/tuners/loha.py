@@ -55,6 +55,14 @@ class LoHa(Lycoris):
             return (one * two).flatten(1)
         return (self.hada_w1_a @ self.hada_w1_b) * (self.hada_w2_a @ self.hada_w2_b)
 
+    @property
+    def by_rows(self) -> bool:
+        return not self.tucker
+
+    def fold_rows(self, tile: Tensor, rows: slice) -> None:
+        b1, a1, b2, a2 = (f.to(tile.dtype) for f in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b))
+        tile.add_((b1[rows] @ a1).mul_(b2[rows] @ a2), alpha=self.gain)
+
     def factors(self) -> tuple[Tensor, Tensor] | None:
         out, cols, k = self.site.out, self.site.cols, self.r**2
         if self.tucker or k * (out + cols) >= out * cols:

@@ -101,6 +101,15 @@ class LoKr(Lycoris):
     def delta(self) -> Tensor:
         return torch.kron(self.left(), self.right())
 
+    @property
+    def by_rows(self) -> bool:
+        return True
+
+    def fold_rows(self, tile: Tensor, rows: slice) -> None:
+        row = torch.arange(rows.start, rows.start + len(tile), device=tile.device)
+        c, d = self.left()[row // self.b].to(tile.dtype), self.right()[row % self.b].to(tile.dtype)
+        tile.add_((c[:, :, None] * d[:, None, :]).flatten(1), alpha=self.gain)
+
     def factors(self) -> tuple[Tensor, Tensor] | None:
         if self.tucker or not self.low_d:
             return None

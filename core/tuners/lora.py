@@ -131,9 +131,13 @@ class LoRA(Factored):
         b, a = self.lora_B.weight, self.lora_A.weight
         return (b, a) if b.ndim == 2 else (b.flatten(1), a.flatten(1))
 
-    def set_factors(self, b: Tensor, a: Tensor) -> None:
-        """Take B (out, r) and A (r, cols) as its own, in the shapes of the layer's file."""
-        for (_, held, key), value in zip(self.slots(), (a, b), strict=True):
+    def set_factors(self, b: Tensor, a: Tensor, bias: Tensor | None = None) -> None:
+        """Take B (out, r), A (r, cols) and, with `lora_bias`, a bias (out,) as its own, in the shapes of the layer's
+        file."""
+        values = [a, b]
+        if self.config.lora_bias:
+            values.append(b.new_zeros(self.site.out) if bias is None else bias)
+        for (_, held, key), value in zip(self.slots(), values, strict=True):
             value = value.reshape(held[key].shape).to(self.site.device, self.dtype)
             held[key] = nn.Parameter(value.contiguous(), requires_grad=False)
 
@@ -143,12 +147,16 @@ class LoRA(Factored):
             y = torch.add(y, self.site.along_output(self.lora_B.bias.to(y.dtype)), alpha=self.gain)
         return y
 
-    def fold_in_place(self, weight: Tensor, rows: int = 256) -> bool:
-        return not self.config.lora_bias and super().fold_in_place(weight, rows)
+    @property
+    def by_rows(self) -> bool:
+        return not self.config.lora_bias
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         weight, bias = super().fold(weight, bias)
         if self.config.lora_bias:
             extra = self.gain * self.lora_B.bias.to(weight.dtype)
-            bias = extra if bias is None else bias + extra
+            if bias is not None:
+                bias = bias + extra
+            elif extra.any():  # merged, zeros would give the layer a bias that its model does not know
+                bias = extra
         return weight, bias

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Factor, Transform, method
+from ..adapter import Factor, Transform, method, wide
 from ..config import LayeredConfig, PeftType
 from ..errors import PeftWarning
 from ..sites import Embedding, Site
@@ -118,7 +118,7 @@ class OFT(Transform):
         q = self.skew()
         eye = torch.eye(self.oft_block_size, dtype=q.dtype, device=q.device).expand_as(q)
         if not self.config.use_cayley_neumann:
-            return torch.linalg.solve(eye + q, eye - q, left=False)
+            return torch.linalg.solve(wide(eye + q), wide(eye - q), left=False)  # there is no solve in half precision
         # (I + Q)(I - Q)^-1 = I + 2Q + 2Q^2 + ..., cut as PEFT cuts it: the last power counts once.
         terms = self.config.num_cayley_neumann_terms
         if terms < 3:

@@ -1,25 +1,12 @@
-"""Weighted combinations of adapters, against `peft` and against the best approximation in float64."""
+"""Weighted combinations of adapters, against `peft` and against float64 mathematics."""
 
 import warnings
 
 import peft
 import pytest
 import torch
-import veneer
 from torch import Tensor, nn
-from veneer import (
-    AdaptedModel,
-    IA3Config,
-    LoHaConfig,
-    LoKrConfig,
-    LoraConfig,
-    OFTConfig,
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-)
-from veneer.core import combination
-from veneer.core.combine import COMBINATIONS, Options, Part
+from veneer import AdaptedModel, LoHaConfig, LoKrConfig, LoraConfig, PeftModel, PeftWarning, get_peft_model
 
 from .conftest import KINDS
 from .conftest import Net as OneLayer
@@ -92,6 +79,27 @@ def best(matrix: Tensor, rank: int) -> Tensor:
 
 
 WEIGHTS = [[1.0, 1.0], [0.7, -0.4], [-1.5, -0.5], [2.0, 0.0]]
+PRUNED = {
+    "magnitude_prune": [{"density": 0.5}, {"density": 0.2}],
+    "ties": [{"density": 0.5}, {"density": 0.3, "majority_sign_method": "frequency"}, {"density": 1.0}],
+    "dare_linear": [{"density": 0.5}],
+    "dare_ties": [{"density": 0.6}, {"density": 0.4, "majority_sign_method": "frequency"}],
+}
+
+
+def of_peft(kind: str, model: PeftModel, names: list[str], *arguments, **options) -> None:
+    """PEFT's blend; random numbers start after those that it draws to initialise the new adapter."""
+    tuner = model.base_model
+    inject = tuner.inject_adapter
+
+    def inject_and_seed(*args, **kwargs):
+        inject(*args, **kwargs)
+        torch.manual_seed(7)
+
+    tuner.inject_adapter = inject_and_seed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.add_weighted_adapter(names, *arguments, combination_type=kind, **options)
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
@@ -104,26 +112,28 @@ WEIGHTS = [[1.0, 1.0], [0.7, -0.4], [-1.5, -0.5], [2.0, 0.0]]
         (["a", "partial"], "cat", {}),
         (["a", "b"], "linear", {}),
         (["a", "b"], "svd", {}),
-        (["a", "b"], "svd", {"svd_rank": 3}),
+        (["a", "b"], "svd", {"svd_rank": 3, "svd_full_matrices": False}),
         (["a", "large"], "svd", {}),
+        (["a", "ranked"], "svd", {}),
         (["partial", "b"], "svd", {}),
-        (["a", "b"], "ties", {"density": 0.5}),
-        (["a", "b"], "ties", {"density": 0.3, "majority_sign_method": "frequency"}),
-        (["a", "b"], "ties", {"density": 1.0}),
+        *((["a", "b"], kind, options) for kind, several in PRUNED.items() for options in several),
+        *((["a", "b"], f"{kind}_svd", options) for kind, several in PRUNED.items() for options in several),
+        *((["a", "ranked"], f"{kind}_svd", several[0]) for kind, several in PRUNED.items()),
+        *((["large", "partial"], f"{kind}_svd", several[0] | {"svd_rank": 3}) for kind, several in PRUNED.items()),
     ],
     ids=str,
 )
 def test_same_as_peft(both, names, kind, options, weights):
-    """Except where the first adapter has `use_rslora`: PEFT keeps the option, and so scales the result once more."""
+    """Random draws included, from the same state of torch's generator; but PEFT lays out what an embedding's adapter
+    adds the other way round. Not for a first adapter with `use_rslora`, which PEFT keeps and so scales once more."""
     ours, theirs = both
+    torch.manual_seed(7)
     ours.add_weighted_adapter(names, weights, "new", combination_type=kind, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs.add_weighted_adapter(names, weights, "new", combination_type=kind, **options)
-    for path in EVERY:
+    of_peft(kind, theirs, names, weights, "new", **options)
+    for path in EVERY if not (kind.startswith("dare") and kind.endswith("svd")) else ["linear", "conv"]:
         layer = getattr(theirs.base_model.model, path)
         found = ours.base_model.layers[path].site.from_matrix(delta(ours, "new", path))
-        torch.testing.assert_close(found.float(), layer.get_delta_weight("new").detach(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.float(), layer.get_delta_weight("new").detach(), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["ranked", "large", "partial"])
@@ -217,7 +227,7 @@ def test_other_delta_methods_combine_with_loras(kind, how, effective):
     model.add("loha", LoHaConfig(alpha=3, **options))
     model.add("lokr", LoKrConfig(alpha=2, **options))
     weights = {"lora": 0.5, "loha": 2.0, "lokr": -1.0}
-    model.combine(list(weights), list(weights.values()), "new", how, svd_rank=4)
+    model.combine(list(weights), list(weights.values()), "new", how, **({"svd_rank": 4} if how == "svd" else {}))
     expected = exact(model, weights, "layer")
     expected = best(expected, 4) if how == "svd" else expected
     torch.testing.assert_close(delta(model, "new", "layer"), expected, atol=1e-5, rtol=1e-5)
@@ -292,30 +302,7 @@ def test_a_name_that_exists_is_left_as_it_is():
         model.base_model.combine(["a"], [1.0], "b")
 
 
-def test_a_combination_is_one_registered_function():
-    @combination
-    def first(parts: list[Part], options: Options) -> tuple[Tensor, Tensor]:
-        return parts[0].b, parts[0].a
-
-    try:
-        model = three()
-        model.add_weighted_adapter(["a", "b"], [5.0, 1.0], "new", combination_type="first")
-        adapter = model.base_model.layers["linear"].adapters["a"]
-        torch.testing.assert_close(delta(model, "new", "linear"), adapter.delta().detach().double())
-    finally:
-        del COMBINATIONS["first"]
-
-
-# ---------------------------------------------------------------- errors
-
-UNFIT: dict[str, PeftConfig] = {
-    "DoRA is not a matrix added": LoraConfig(target_modules=["linear"], use_dora=True),
-    "lora_bias is not a matrix added": LoraConfig(target_modules=["linear"], lora_bias=True),
-    "IA3 is not a matrix added": IA3Config(target_modules=["linear"], feedforward_modules=[]),
-    "OFT is not a matrix added": OFTConfig(target_modules=["linear"], oft_block_size=2),
-    "trains conv whole": LoraConfig(target_modules=["linear"], modules_to_save=["conv"]),
-    r"linear: ranks \[2, 5\] differ.*use 'cat' or 'svd'": LoraConfig(target_modules=["linear"], r=5),
-}
+# ---------------------------------------------------------------- the options of PEFT's method
 
 
 def refuse(model: PeftModel, message: str, *arguments, **options) -> None:
@@ -326,26 +313,33 @@ def refuse(model: PeftModel, message: str, *arguments, **options) -> None:
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 
-@pytest.mark.parametrize(("message", "config"), UNFIT.items(), ids=UNFIT.keys())
-@pytest.mark.parametrize("kind", ["linear", "ties"])
-def test_adapters_that_cannot_be_combined(message, config, kind):
-    model = three()
-    model.add_adapter("unfit", config)
-    refuse(model, message, ["a", "unfit"], [1.0, 1.0], "new", combination_type=kind, density=0.5)
-
-
 @pytest.mark.parametrize(
     ("names", "weights", "options", "message"),
     [
         (["a", "nope"], [1.0, 1.0], {}, "Adapter nope not found"),
         (["a", "b"], [1.0], {}, "2 adapters and 1 weights"),
         ([], [], {}, "0 adapters"),
-        (["a", "b"], [1.0, 1.0], {"combination_type": "soup"}, r"'soup' is unknown; known: \['cat', 'linear'"),
-        (["a", "b"], [1.0, 1.0], {"combination_type": "ties"}, "ties needs density"),
-        (["a", "b"], [1.0, 1.0], {"combination_type": "ties", "density": 1.5}, r"in \(0, 1\]; got 1.5"),
-        (["a", "b"], [1.0, 1.0], {"majority_sign_method": "loudest"}, "'loudest' is neither 'total' nor 'frequency'"),
+        (["a", "b"], [1.0, 1.0], {"combination_type": "soup"}, r"'soup' is unknown; known: \['breadcrumbs', 'cat'"),
+        (["a", "b"], [1.0, 1.0], {"combination_type": "ties"}, "'ties' needs density"),
+        (["a", "b"], [1.0, 1.0], {"combination_type": "ties", "density": 1.5}, r"density=1.5 is no share"),
+        (["a", "b"], [1.0, 1.0], {"combination_type": "dare_linear", "density": 0}, r"density=0 is no share"),
         (["a", "b"], [1.0, 1.0], {"svd_rank": -1}, "svd_rank=-1"),
-        (["a", "b"], [1.0, float("nan")], {}, "weights .* finite"),
+        (["a", "b"], [1.0, 1.0], {"svd_clamp": 0.3}, "svd_clamp=0.3 is no upper quantile"),
+        (["a", "b"], [1.0, 1.0], {"svd_driver": "fast"}, "svd_driver='fast' is unknown"),
+        (["a", "b"], [1.0, 1.0], {"max_error": 1.0}, "max_error=1.0 is no relative error"),
+        (["a", "b"], [1.0, 1.0], {"combination_type": "cat", "max_error": 0.1}, "'cat' has no option max_error"),
+        (["a", "b"], [1.0, 1.0], {"densty": 0.5}, r"'svd' has no option densty; it reads \['max_error', 'svd_clamp'"),
+        (["a", "b"], [1.0, float("nan")], {}, "the weight is nan"),
+        (["a", "b"], [1.0, {"liner": 2}], {}, r"'liner' matches none of the 2 layers; near: linear"),
+        (
+            ["a", "b"],
+            [1.0, 1.0],
+            {"combination_type": "ties_svd", "density": 0.5, "majority_sign_method": "loudest"},
+            "'loudest' is neither 'total' nor 'frequency'",
+        ),
+        (["a", "b"], [1.0, -1.0], {"combination_type": "slerp"}, "(embed|linear): 'slerp' goes .* no weight is -1.0"),
+        (["a", "b"], [1, 1], {"combination_type": "della", "density": 0.9, "epsilon": 0.4}, "epsilon=0.4 takes"),
+        (["a", "b"], [1, 1], {"combination_type": "breadcrumbs", "density": 0.9, "gamma": 0.2}, "exceed 1 together"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -353,6 +347,8 @@ def test_wrong_arguments(names, weights, options, message):
     refuse(three(), message, names, weights, "new", **options)
 
 
-def test_veneer_knows_the_same_combinations_as_its_docs():
-    assert sorted(COMBINATIONS) == ["cat", "linear", "svd", "ties"]
-    assert all(name in (veneer.PeftModel.add_weighted_adapter.__doc__ or "") for name in COMBINATIONS)
+def test_an_option_of_peft_that_a_kind_does_not_read_is_told():
+    model = three()
+    with pytest.warns(PeftWarning, match="'cat' does not read density, svd_rank"):
+        model.add_weighted_adapter(["a"], [1.0], "new", combination_type="cat", density=0.5, svd_rank=3)
+    torch.testing.assert_close(delta(model, "new", "linear"), delta(model, "a", "linear"))

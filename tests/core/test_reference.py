@@ -460,7 +460,7 @@ def test_lora_bias_is_scaled_like_the_delta():
     base = Net("linear").double()
     config = veneer.LoraConfig(**L, target_modules=["layer"], lora_bias=True, init_lora_weights=False)
     model = veneer.get_peft_model(base, config)
-    bias, extra = base.layer.base_layer.bias.detach(), model.base_model.tensors("default")["layer.lora_B.bias"]
+    bias, extra = base.layer.base_layer.bias.detach().clone(), model.base_model.tensors("default")["layer.lora_B.bias"]
     torch.testing.assert_close(model.merge_and_unload().layer.bias.detach(), bias + 5 / 2 * extra)
 
 

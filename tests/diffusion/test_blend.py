@@ -1,12 +1,16 @@
 """`veneer blend` and `veneer generate` on the embedded pipeline, with adapters of random weights."""
 
+import re
+from typing import get_args, get_type_hints
+
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
-from veneer import LoraConfig, cli
-from veneer.core import AdaptedModel
+from veneer import LoKrConfig, LoraConfig, OFTConfig, cli
+from veneer.core import AdaptedModel, combination_types
+from veneer.diffusion.blend import CombineOptions
 from veneer.diffusion.families import load_pipeline
 from veneer.diffusion.inspect import inspect_path
 from veneer.diffusion.pipeline import adapter_metadata, read_adapter, save_adapter
@@ -35,6 +39,15 @@ def adapters(tmp_path_factory):
             made[component] = config, model.tensors(name)
             model.detach()
         save_adapter(folder / name, made, {"trigger": TRIGGERS[name]} if name in TRIGGERS else {})
+    others = {
+        "lokr": LoKrConfig(r=64, target_modules=["to_q"], init_weights=False),
+        "oft": OFTConfig(oft_block_size=4, target_modules=["to_q"], init_weights=False),
+    }
+    for name, config in others.items():
+        model = AdaptedModel(pipe.unet)
+        model.add(name, config)
+        save_adapter(folder / name, {"unet": (config, model.tensors(name))}, {})
+        model.detach()
     return folder
 
 
@@ -96,13 +109,49 @@ def test_without_prompts_the_preview_shows_what_the_inputs_answer_to(adapters, t
     assert not (tmp_path / "mute" / "sheet.png").exists()
 
 
-@pytest.mark.parametrize("options", [("svd", "--svd-rank", "2"), ("ties", "--density", "0.5"), ("linear",)])
-def test_other_combinations(adapters, tmp_path, options):
+NEEDED = {kind: ["--density", "0.5"] for kind, c in combination_types().items() if "density" in c.options}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in combination_types() if kind != "cat"])
+def test_other_combinations(adapters, tmp_path, kind):
+    options = kind, *NEEDED.get(kind, [])
     out = tmp_path / "blend"
     same_rank = f"{adapters}/both", f"{adapters}/both=0.5"
     run("blend", "--adapters", *same_rank, "--out", out, "--combination-type", *options, *FAST)
     for report in inspect_path(out):
         assert all(part.ranks == [2] for part in report.parts)
+
+
+def test_the_command_has_every_kind_and_every_option():
+    hints = get_type_hints(CombineOptions)
+    assert set(get_args(hints.pop("combination_type"))) == set(combination_types())
+    assert set(hints) == {option for kind in combination_types().values() for option in kind.options}
+
+
+def test_adapters_of_different_methods_blend(adapters, tmp_path, capsys):
+    """At a rank, with the error told, or at an error."""
+    inputs = f"{adapters}/both", f"{adapters}/lokr=0.5", f"{adapters}/oft"
+    run("blend", "--adapters", *inputs, "--out", tmp_path / "a", "--combination-type", "svd", "--svd-rank", "4", *FAST)
+    assert re.search(r"unet: ranks 2 to 4, [\d.]+% from the exact 'svd'", capsys.readouterr().out)
+    tensors = read_adapter(tmp_path / "a")["unet"][1]
+    assert {tensor.shape[0] for key, tensor in tensors.items() if key.endswith("to_q.lora_A.weight")} == {4}
+    exact = "--combination-type", "svd", "--max-error", "0.01"
+    run("blend", "--adapters", *inputs, "--out", tmp_path / "b", *exact, *FAST)
+    told = [float(n) for n in re.findall(r"([\d.]+)% from", capsys.readouterr().out)]
+    assert told
+    assert max(told) <= 1
+
+
+def test_weights_by_block(adapters, tmp_path):
+    out, inputs = tmp_path / "blend", (f"{adapters}/both=0.5", f"{adapters}/unet=-1")
+    run("blend", "--adapters", *inputs, "--block-weights", "both:unet.mid_block=0", "--out", out, *FAST)
+    keys = {key.rpartition(".lora_A")[0] for key in read_adapter(out)["unet"][1] if key.endswith("to_q.lora_A.weight")}
+    for module in keys:
+        share = 0.0 if module.startswith("mid_block") else 0.5
+        expected = share * delta(adapters / "both", "unet", module) - delta(adapters / "unet", "unet", module)
+        torch.testing.assert_close(delta(out, "unet", module), expected, rtol=1e-4, atol=1e-5)
+    assert {module.startswith("mid_block") for module in keys} == {True, False}
+    assert "mid_block" in inspect_path(out)[0].metadata["recipe"]
 
 
 def test_the_recipe_is_kept(adapters, tmp_path):
@@ -131,8 +180,12 @@ def test_generate_writes_pictures_sheet_and_config(tmp_path):
         (("blend", "--adapters", "{}/both", "{}/unet", "--combination-type", "linear"), "rank"),
         (
             ("blend", "--adapters", "{}/both", "{}/unet", "--density", "0.5"),
-            "density is an option of 'ties', not of 'cat'",
+            "'cat' has no density: it reads no",
         ),
+        (("blend", "--adapters", "{}/both", "{}/oft", "--combination-type", "svd"), "OFT has no rank to go by"),
+        (("blend", "--adapters", "{}/both", "{}/unet", "--block-weights", "both"), "expected NAME:BLOCK=WEIGHT"),
+        (("blend", "--adapters", "{}/both", "{}/unet", "--block-weights", "b:mid=1"), "'b' is none of the adapters"),
+        (("blend", "--adapters", "{}/both", "{}/unet", "--block-weights", "both:unet.mid=1"), "near: unet.mid_block"),
         (("blend", "--adapters", "{}/both", "{}/unet", "--combination-type", "ties"), "'ties' needs density"),
         (("generate", "--prompts"), "nothing to draw"),
         (("generate", "--prompts", "a cat", "--model", "nowhere"), "nowhere"),
