@@ -78,27 +78,26 @@ class Header:
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
 
-    def scalar(self, name: str) -> float:
-        """The value of a tensor of one number, read by itself: alphas are.
-
-        Raises:
-            AdapterFileError: it holds more numbers, or is of a dtype of 8-bit floats.
-        """
-        info = self.tensors[name]
-        if info.numel != 1 or info.dtype.startswith("F8"):
-            raise AdapterFileError(f"{self.path} has {name!r} as {info.dtype} {list(info.shape)}, expected one number")
+    def scalars(self) -> dict[str, float]:
+        """The values of all tensors of one number, such as alphas; 8-bit floats, which none is kept in, left out."""
+        found = {}
         with self.path.open("rb") as file:
-            file.seek(self.start + info.begin)
-            return _number(file.read(info.end - info.begin), info.dtype)
+            for name, info in self.tensors.items():
+                if info.numel == 1 and info.dtype in _FORMATS:
+                    file.seek(self.start + info.begin)
+                    found[name] = _number(file.read(info.end - info.begin), info.dtype)
+        return found
 
 
-_FORMATS = {"BOOL": "?", "U8": "B", "I8": "b", "I16": "h", "U16": "H", "F16": "e", "I32": "i", "U32": "I", "F32": "f",
-            "I64": "q", "U64": "Q", "F64": "d"}  # fmt: skip
+_FORMATS = {
+    "BOOL": "?", "U8": "B", "I8": "b", "I16": "h", "U16": "H", "F16": "e", "BF16": "f", "I32": "i", "U32": "I",
+    "F32": "f", "I64": "q", "U64": "Q", "F64": "d",
+}  # fmt: skip
 
 
 def _number(data: bytes, dtype: str) -> float:
-    if dtype == "BF16":  # the upper half of a float32
-        data, dtype = b"\0\0" + data, "F32"
+    if dtype == "BF16":
+        data = b"\0\0" + data  # it is the upper half of a float32
     return float(struct.unpack(f"<{_FORMATS[dtype]}", data)[0])
 
 
