@@ -30,8 +30,10 @@ a convolution may be there or not.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ Shape = tuple[int, ...]
 Rows = tuple[tuple[int, int], ...]
 """Ranges of output rows, in order."""
 
+CONFIGS = "lora_adapter_metadata"
+"""Under which name diffusers keeps the configs in a file's metadata."""
 METHODS = ("lora", "loha", "lokr", "full", "norm", "glora", "ia3", "oft")
 
 
@@ -56,7 +60,33 @@ class Header:
     scalars: Mapping[str, float] = field(default_factory=dict)
     """Values of the tensors of one element: alphas and their like."""
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """PEFT's config of each component, where the file or folder has one."""
+    """PEFT's config of each component, where the file has one (`lora_adapter_metadata`)."""
+
+    @classmethod
+    def of_file(cls, path: str | Path) -> Header:
+        """The header of a safetensors file.
+
+        Raises:
+            AdapterFileError: it is none, or damaged.
+        """
+        from ...core.header import read_header
+
+        file = read_header(path)
+        shapes = {key: info.shape for key, info in file.tensors.items()}
+        return cls(shapes, file.metadata, file.scalars, _configs(file.metadata))
+
+
+def _configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """diffusers' flat `{"unet.r": 4, ...}` by component; of no use where it is no such object."""
+    try:
+        flat = json.loads(metadata.get(CONFIGS, "{}"))
+    except ValueError:
+        flat = {}
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items() if isinstance(flat, dict) else ():
+        component, _, name = key.partition(".")
+        configs.setdefault(component, {})[name] = value
+    return configs
 
 
 @dataclass(frozen=True)
@@ -75,6 +105,8 @@ class Entry:
     """This module's share of the output rows, where the file's module is several fused into one."""
     magnitude: str | None = None
     """`lora_magnitude_vector` or `dora_in` for a DoRA."""
+    alpha: float | None = None
+    """As the file has it; the scale is what it means."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +119,8 @@ class Plan:
     """Key without a place -> why, with the nearest names."""
     notes: tuple[str, ...] = ()
     """What a user should know: settings that are read in one of several possible ways."""
+    family: str = ""
+    """Whose modules the keys were looked up among."""
 
 
 @dataclass(frozen=True)

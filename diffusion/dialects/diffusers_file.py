@@ -11,16 +11,21 @@ the text encoder at their initial values, with no more than a note in the log.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from ...core import LoraConfig, PeftConfig, files
-from ...core.tuners.lora import lora_config
-from ..adapters import Adapters
 from .names import COMPONENTS, clip_path
+from .registry import Dialect, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...core import LoraConfig, PeftConfig
+    from ..adapters import Adapters
+
+DIFFUSERS = register(Dialect("diffusers", "diffusers", re.compile(rf"^({'|'.join(COMPONENTS)})\.")))
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 _HEADER = "lora_adapter_metadata"
@@ -34,11 +39,15 @@ _FIELDS = (
 
 def can_express(adapters: Adapters) -> bool:
     """diffusers' format knows LoRA and DoRA only, and no trained biases."""
+    from ...core import LoraConfig
+
     return all(isinstance(config, LoraConfig) and config.bias == "none" for config, _ in adapters.values())
 
 
 def write_diffusers_file(path: Path, adapters: Adapters, metadata: dict[str, str] | None = None) -> None:
     """Write all of `adapters` to the file `path`, atomically; `metadata` joins the header."""
+    from ...core import files
+
     tensors, header = {}, {}
     for name, (config, parts) in adapters.items():
         values = config.to_dict()
@@ -49,6 +58,8 @@ def write_diffusers_file(path: Path, adapters: Adapters, metadata: dict[str, str
 
 def read_diffusers_file(path: Path) -> Adapters:
     """Adapters of a file in diffusers' format, its module paths as written."""
+    from ...core import files
+
     header = json.loads(files.read_metadata(path).get(_HEADER, "{}"))
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in files.read_tensors(path).items():
@@ -74,6 +85,9 @@ def _under(header: dict[str, Any], component: str) -> dict[str, Any]:
 
 def _config(values: dict[str, Any], tensors: dict[str, Tensor]) -> LoraConfig:
     """The config in the header; without one, ranks from the shapes and alpha = rank."""
+    from ...core import LoraConfig, PeftConfig
+    from ...core.tuners.lora import lora_config
+
     if values:
         config = LoraConfig.from_dict({**values, "peft_type": "LORA"})
         assert isinstance(config, LoraConfig)
