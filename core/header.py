@@ -16,6 +16,7 @@ import stat
 import struct
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -78,6 +79,7 @@ class Header:
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
 
+    @cached_property
     def scalars(self) -> dict[str, float]:
         """The values of all tensors of one number, such as alphas; 8-bit floats, which none is kept in, left out."""
         found = {}

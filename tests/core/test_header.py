@@ -55,7 +55,7 @@ def test_what_a_whole_file_says(tmp_path):
 def test_scalars_are_read_alone(tmp_path, dtype):
     value = torch.tensor(6.5).to(getattr(torch, dtype))
     (tmp_path / "x").write_bytes(save({"a.alpha": value, "b": torch.zeros(3), "c": value[None].clone()}))
-    assert read_header(tmp_path / "x").scalars() == {"a.alpha": value.item(), "c": value.item()}
+    assert read_header(tmp_path / "x").scalars == {"a.alpha": value.item(), "c": value.item()}
 
 
 @pytest.mark.parametrize("length", [640, 896, 1152, 1408])
