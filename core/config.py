@@ -26,13 +26,17 @@ if TYPE_CHECKING:
 
 
 class PeftType(StrEnum):
-    """The methods, by the name that `adapter_config.json` stores."""
+    """The methods, by the name that `adapter_config.json` stores. PEFT does not know those of the second group."""
 
     LORA = "LORA"
     LOHA = "LOHA"
     LOKR = "LOKR"
     IA3 = "IA3"
     OFT = "OFT"
+
+    FULL = "FULL"
+    GLORA = "GLORA"
+    DIAG_OFT = "DIAG_OFT"
 
 
 class TaskType(StrEnum):
@@ -84,6 +88,8 @@ class PeftConfig:
     """Modules trained and saved whole beside the adapter, such as a new head."""
 
     adapter_class: ClassVar[type[Adapter]]
+    norms: ClassVar[bool] = False
+    """Whether the method can adapt a norm, whose weight is no matrix but a number for each feature."""
     later: ClassVar[frozenset[str]] = frozenset()
     """Fields of PEFT's config that this release cannot honour: refused when set, dropped when empty."""
     ignored: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
