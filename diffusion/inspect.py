@@ -92,7 +92,7 @@ class Report:
             return None
         key, why = next(iter(self.unmatched.items()), ("", ""))
         more = f" (and {len(self.unmatched) - 1} more keys)" if len(self.unmatched) > 1 else ""
-        fits = f"does not fit {self.family}" if self.parts else f"fits none of {', '.join(families())}"
+        fits = f"does not fit {self.family}" if self.family else f"fits none of {', '.join(families())}"
         return f"{self.path} {fits}: {key}: {why}{more}"
 
 
@@ -147,7 +147,7 @@ def inspect_adapter(path: Path, names: Names | None = None) -> Report:
     return Report(
         str(path),
         meant.dialect.title,
-        meant.family,
+        meant.family if meant.entries or names else "",
         sum(file.stat().st_size for file in _weights(path)),
         list(_parts(meant, header, tables)),
         [*meant.notes, *_warnings(meant, header)],
@@ -274,7 +274,7 @@ def _maybe_json(text: str) -> Any:
 
 
 def _table(report: Report) -> str:
-    model = f" for {report.family}" if report.parts else ""
+    model = f" for {report.family}" if report.family else ""
     lines = [f"{report.path}: {report.dialect}{model}, {report.size / 1e6:.2f} MB"]
     if report.parts:
         head = ("component", "method", "rank", "scale", "layers", "of all", "parameters")

@@ -139,6 +139,31 @@ FORMS: dict[str, Form] = {
     ),
 }  # fmt: skip
 
+_TUCKER = ("hada_t1", "lokr_t2")
+_LOHA = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
+
+
+def ranks_of(method: str, shapes: Shapes) -> list[dict[str, int]]:
+    """Sizes that must be one and the same rank, by factor and axis; of a LoKr those of the left and the right factor.
+
+    >>> ranks_of("lora", {"lora_A.weight": (4, 8), "lora_B.weight": (16, 5)})
+    [{'lora_A.weight[0]': 4, 'lora_B.weight[1]': 5}]
+    """
+    outer = 0 if any(core in shapes for core in _TUCKER) else 1  # Tucker factors have the rank in front, on both sides
+    groups: dict[str, list[tuple[tuple[str, int], ...]]] = {
+        "lora": [(("lora_A.weight", 0), ("lora_B.weight", 1), ("lora_mid.weight", 0), ("lora_mid.weight", 1))],
+        "loha": [(*((name, 0 if name.endswith("b") else outer) for name in _LOHA),
+                  *((core, axis) for core in ("hada_t1", "hada_t2") for axis in (0, 1)))],
+        "lokr": [(("lokr_w1_a", 1), ("lokr_w1_b", 0)),
+                 (("lokr_w2_a", outer), ("lokr_w2_b", 0), ("lokr_t2", 0), ("lokr_t2", 1))],
+        "glora": [(("a1.weight", 1), ("a2.weight", 0)), (("b1.weight", 1), ("b2.weight", 0))],
+    }  # fmt: skip
+    return [
+        {f"{name}[{axis}]": shapes[name][axis] for name, axis in group if name in shapes}
+        for group in groups.get(method, ())
+    ]
+
+
 _KOHYA = {"lora_down": "lora_A.weight", "lora_up": "lora_B.weight", "lora_mid": "lora_mid.weight"}
 ENDINGS: dict[str, tuple[str, str]] = {
     **{f"{name}.weight": ("lora", factor) for name, factor in _KOHYA.items()},

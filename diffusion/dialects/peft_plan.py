@@ -7,16 +7,17 @@ for a pipeline's component belongs to some other model, and is taken at its word
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from ...core.config import PeftType
 from ...core.files import CONFIG_NAME, PREFIX, WEIGHTS_NAME, read_json
 from ...core.header import read_header
 from .canonical import Entry, Header, Plan, Shape
 from .methods import FORMS, config_scale, split_key
 from .names import COMPONENTS, Names, clip_path
-from .plan import _check_complete as check_complete
-from .plan import _check_size as check_size
-from .plan import guess
+from .plan import check_factors, check_size, guess
 from .registry import Dialect
 
 PEFT = Dialect("peft", "PEFT directory", re.compile(r"(?!)"))
@@ -75,10 +76,11 @@ def plan_peft(header: Header, names: Names | None = None) -> Plan:
             table = names.tables.get(component, {})
             if table and path not in table:
                 raise ValueError(f"the {component} of {names.family} has no module of this name")
+            _check_method(header.configs.get(component, {}))
             entries.append(_entry(component, path, methods[component, path], keys, header, table.get(path)))
         except ValueError as reason:
             unmatched |= dict.fromkeys(keys.values(), str(reason))
-    return Plan(PEFT, tuple(entries), unmatched, family=names.family if entries else "")
+    return Plan(PEFT, tuple(entries), unmatched, family=names.family)
 
 
 def _split(key: str) -> tuple[str, str, str] | None:
@@ -87,6 +89,12 @@ def _split(key: str) -> tuple[str, str, str] | None:
         if key.endswith(f".{ending}"):
             return key.removesuffix(f".{ending}"), method, factor
     return split_key(key)
+
+
+def _check_method(config: Mapping[str, Any]) -> None:
+    known = [kind.value for kind in PeftType]
+    if config.get("peft_type") not in known:
+        raise ValueError(f"peft_type={config.get('peft_type')!r} is no method of this release; known: {known}")
 
 
 def _entry(component: str, path: str, method: str, keys: dict[str, str], header: Header, whole: Shape | None) -> Entry:
@@ -103,7 +111,7 @@ def _entry(component: str, path: str, method: str, keys: dict[str, str], header:
         return Entry(component, path, method, {side: keys["ia3_out"]}, 1.0)
     if method == "oft":
         return Entry(component, path, method, keys, 1.0)
-    check_complete(method, set(keys))
+    check_factors(method, shapes)
     if whole is not None:
         check_size(method, shapes, whole)
     rank = FORMS[method].rank(shapes)

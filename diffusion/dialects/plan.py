@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from .canonical import Entry, Header, Plan, Shape
-from .methods import FORMS, POISON, config_scale, is_full_lokr, scale_of, split_key
+from .methods import FORMS, POISON, config_scale, is_full_lokr, ranks_of, scale_of, split_key
 from .names import Names, Place, families, family_names
 from .registry import detect
 
@@ -80,6 +80,9 @@ def _modules(header: Header) -> tuple[dict[str, _Module], dict[str, str]]:
             continue
         name, method, factor = found
         module = modules.setdefault(name, _Module(name))
+        if factor in module.keys:
+            stray[key] = f"{module.keys[factor]} says the same already"
+            continue
         module.keys[factor] = key
         if method:
             module.methods.add(method)
@@ -93,8 +96,8 @@ def _entries(module: _Module, header: Header, names: Names) -> list[Entry]:
     whole = _whole_shape(places, names)
     method, keys = _under_our_names(module, header, whole)
     shapes = {factor: header.shapes[key] for factor, key in keys.items()}
-    _check_complete(method, set(keys))
-    _check_size(method, shapes, whole)
+    check_factors(method, shapes)
+    check_size(method, shapes, whole)
     return [_entry(place, module, method, keys, shapes, header) for place in places]
 
 
@@ -155,12 +158,28 @@ def _number(key: str | None, header: Header) -> float | None:
     return header.scalars[key]
 
 
-def _check_complete(method: str, given: set[str]) -> None:
-    form = FORMS[method]
-    if any(needed <= given <= needed | form.more for needed in form.sets):
-        return
-    wanted = " or ".join(", ".join(sorted(needed)) for needed in form.sets)
-    raise _NoPlaceError(f"a {method} needs {wanted}, and here are {', '.join(sorted(given))}")
+def check_factors(method: str, shapes: Mapping[str, Shape]) -> None:
+    """Whether these are the factors of one adapter: all there, and of one rank.
+
+    Raises:
+        ValueError: they are not.
+    """
+    form, given = FORMS[method], set(shapes)
+    if not any(needed <= given <= needed | form.more for needed in form.sets):
+        wanted = " or ".join(", ".join(sorted(needed)) for needed in form.sets)
+        raise _NoPlaceError(f"a {method} needs {wanted}, and here are {', '.join(sorted(given))}")
+    try:
+        ranks = ranks_of(method, shapes)
+    except IndexError:
+        raise _shapeless(method, shapes) from None
+    for group in ranks:
+        if len(set(group.values())) > 1 or 0 in group.values():
+            listed = ", ".join(f"{axis} is {size}" for axis, size in group.items())
+            raise _NoPlaceError(f"its factors should be of one rank, 1 or more, and {listed}")
+
+
+def _shapeless(method: str, shapes: Mapping[str, Shape]) -> _NoPlaceError:
+    return _NoPlaceError(f"shapes {', '.join(str(list(s)) for s in shapes.values())} are none of a {method}")
 
 
 def _whole_shape(places: tuple[Place, ...], names: Names) -> Shape:
@@ -169,12 +188,16 @@ def _whole_shape(places: tuple[Place, ...], names: Names) -> Shape:
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
-def _check_size(method: str, shapes: Mapping[str, Shape], whole: Shape) -> None:
-    """Hold the size of the layer that the factors fit against that of the layer that is there."""
+def check_size(method: str, shapes: Mapping[str, Shape], whole: Shape) -> None:
+    """Hold the size of the layer that the factors fit against that of the layer that is there.
+
+    Raises:
+        ValueError: they differ.
+    """
     try:
         rows, columns = FORMS[method].size(shapes)
     except IndexError:
-        raise _NoPlaceError(f"shapes {[list(s) for s in shapes.values()]} are none of a {method}") from None
+        raise _shapeless(method, shapes) from None
     expected = whole[0], prod(whole[1:])
     if rows not in (None, expected[0]) or columns not in (None, expected[1]):
         fits = " x ".join("any" if n is None else str(n) for n in (rows, columns))
