@@ -12,20 +12,20 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tyro.conf import Positional
 
 from ..core.errors import AdapterFileError
 from ..core.files import WEIGHTS_NAME
-from ..core.header import read_header
+from .base import BaseModel
 from .dialects.architectures import Table
 from .dialects.canonical import CONFIGS, Entry, Header, Plan
 from .dialects.methods import FORMS
-from .dialects.names import COMPONENTS, Names, clip_path, families, family_names
+from .dialects.names import Names, families, family_names
 from .dialects.peft_plan import component_folders, peft_header, plan_peft
 from .dialects.plan import plan
-from .families import EMBEDDED, EMBEDDED_PATH
+from .families import EMBEDDED
 from .settings import plain
 from .verdicts import WHOLE, Verdict, is_tucker, verdicts
 
@@ -102,7 +102,7 @@ def inspect(config: InspectConfig) -> None:
     Raises:
         ValueError: files that cannot be read, or do not fit; what the others hold has been printed.
     """
-    names = None if config.base is None else base_names(config.base)
+    names = None if config.base is None else BaseModel(config.base).names
     reports, problems = [], []
     for path in adapters_at(config.path):
         try:
@@ -143,13 +143,13 @@ def inspect_adapter(path: Path, names: Names | None = None) -> Report:
     Raises:
         ValueError: it is damaged, or no adapter of a known dialect.
     """
-    header, meant, tables = _meaning(path, names)
+    header, meant, fitted = look_into(path, names)
     return Report(
         str(path),
         meant.dialect.title,
         meant.family if meant.entries or names else "",
         sum(file.stat().st_size for file in _weights(path)),
-        list(_parts(meant, header, tables)),
+        list(_parts(meant, header, fitted.tables)),
         [*meant.notes, *_warnings(meant, header)],
         dict(meant.unmatched),
         verdicts(meant),
@@ -162,52 +162,37 @@ def _weights(path: Path) -> list[Path]:
     return [folder / WEIGHTS_NAME for folder in component_folders(path).values()] if path.is_dir() else [path]
 
 
-def _meaning(path: Path, names: Names | None) -> tuple[Header, Plan, Mapping[str, Table]]:
-    """Header and plan of an adapter, and the tables of the model that it was held against.
+class Found(NamedTuple):
+    """An adapter, and what it means to the model that it fits best."""
 
-    Without a model at hand the pipeline in the box competes with the stored families.
+    header: Header
+    plan: Plan
+    names: Names
+
+
+def look_into(path: Path, names: Names | None = None) -> Found:
+    """What an adapter's file or directory means.
+
+    Arguments:
+        names: the modules of its model; None takes the stored family that fits best, or the pipeline in the box.
+
+    Raises:
+        AdapterFileError: it is damaged, or in no known dialect.
     """
     header, look_up = (peft_header(path), plan_peft) if path.is_dir() else (Header.of_file(path), plan)
     try:
-        meant = look_up(header, names)
+        found = look_up(header, names)
     except ValueError as error:
         raise AdapterFileError(f"{path} is {error}") from None
-    if names is None:
-        names = family_names(meant.family) if meant.family else Names("", {})
-        if meant.unmatched:
-            boxed = base_names(EMBEDDED)
-            other = look_up(header, boxed)
-            if len(other.unmatched) < len(meant.unmatched):
-                meant, names = other, boxed
-    return header, meant, names.tables
-
-
-def base_names(model: str) -> Names:
-    """The modules of the diffusers pipeline in a folder, from the headers of its weights; nothing is loaded.
-
-    Raises:
-        AdapterFileError: no pipeline there, or a damaged one.
-    """
-    folder = EMBEDDED_PATH if model == EMBEDDED else Path(model).expanduser()
-    found = {name: _modules_of(folder / name) for name in COMPONENTS if (folder / name).is_dir()}
-    tables = {name: table for name, table in found.items() if table}
-    if not tables:
-        raise AdapterFileError(f"{folder} is not a diffusers pipeline: no weights of {', '.join(COMPONENTS)} in it")
-    return Names(model, tables)
-
-
-def _modules_of(folder: Path) -> Table:
-    """Module path -> shape of its weight, of all safetensors files in a folder: one, or the shards of one.
-
-    Of several variants, such as `.fp16.`, one is enough.
-    """
-    table = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        for key, info in read_header(file).tensors.items():
-            path, _, kind = key.rpartition(".")
-            if kind == "weight":
-                table[clip_path(path, nested=True)] = info.shape
-    return table
+    if names is not None:
+        return Found(header, found, names)
+    names = family_names(found.family)
+    if found.unmatched:
+        boxed = BaseModel(EMBEDDED).names
+        other = look_up(header, boxed)
+        if len(other.unmatched) < len(found.unmatched):
+            return Found(header, other, boxed)
+    return Found(header, found, names)
 
 
 _LABELS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "ia3": "IA3"}

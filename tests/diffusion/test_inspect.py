@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from veneer import cli
 from veneer.diffusion import load_pipeline
-from veneer.diffusion.inspect import adapters_at, base_names, inspect_adapter
+from veneer.diffusion.base import BaseModel
+from veneer.diffusion.inspect import adapters_at, inspect_adapter
 from veneer.diffusion.verdicts import NO, PART, WHOLE
 
 Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -160,7 +161,7 @@ def embedded_file(path: Path, width: int = 160, names: tuple[str, str] = PEFT_LO
 
 
 def test_the_base_is_read_by_its_headers_alone():
-    names, pipe = base_names("embedded"), load_pipeline("embedded")
+    names, pipe = BaseModel("embedded").names, load_pipeline("embedded")
     for component, table in names.tables.items():
         own = {n.removeprefix("text_model."): m for n, m in getattr(pipe, component).named_modules()}
         weights = {n: tuple(m.weight.shape) for n, m in own.items() if getattr(m, "weight", None) is not None}
@@ -171,9 +172,9 @@ def test_the_pipeline_in_the_box_is_known_without_being_named(tmp_path):
     file = embedded_file(tmp_path / "x.safetensors")
     report = inspect_adapter(file)
     assert (report.family, report.unmatched) == ("embedded", {})
-    assert report == inspect_adapter(file, base_names("embedded"))
+    assert report == inspect_adapter(file, BaseModel("embedded").names)
     (part,) = report.parts
-    adaptable = sum(len(shape) > 1 for shape in base_names("embedded").tables["unet"].values())
+    adaptable = sum(len(shape) > 1 for shape in BaseModel("embedded").names.tables["unet"].values())
     assert part.coverage == round(100 / adaptable, 1)
 
 
@@ -200,7 +201,7 @@ def test_a_misspelt_key_is_named_with_near_ones(tmp_path):
 @pytest.mark.parametrize("model", ["nowhere", "."])
 def test_a_base_that_is_no_pipeline(tmp_path, model):
     with pytest.raises(ValueError, match="is not a diffusers pipeline: no weights of unet"):
-        base_names(str(tmp_path / model))
+        BaseModel(str(tmp_path / model))
 
 
 # ---------------------------------------------------------------- what is odd
@@ -290,7 +291,7 @@ ORACLE = {
 @pytest.mark.parametrize("name", ORACLE)
 def test_what_diffusers_does_is_what_is_said_of_it(tmp_path, name):
     file = filed(tmp_path / "x.safetensors", ORACLE[name])
-    verdict = next(v for v in inspect_adapter(file, base_names("embedded")).verdicts if v.program == "diffusers")
+    verdict = next(v for v in inspect_adapter(file, BaseModel("embedded").names).verdicts if v.program == "diffusers")
     pipe = load_pipeline("embedded")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
