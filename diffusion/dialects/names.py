@@ -14,13 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from .architectures import ARCHITECTURES, Table, architecture
 from .canonical import Rows
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Parts of a pipeline that an adapter file may hold."""
@@ -48,9 +45,12 @@ def live_path(path: str, model: Any) -> str:
     return clip_path(path, nested=hasattr(model, "text_model"))
 
 
-def fit_names(tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """`tensors` under the module paths of this very `model`."""
-    return {live_path(key, model): tensor for key, tensor in tensors.items()}
+Value = TypeVar("Value")
+
+
+def fit_names(values: Mapping[str, Value], model: Any) -> dict[str, Value]:
+    """`values` by the module paths, or keys that begin with them, of this very `model`."""
+    return {live_path(key, model): value for key, value in values.items()}
 
 
 class Place(NamedTuple):
@@ -331,6 +331,14 @@ class Names:
     def is_sdxl(self) -> bool:
         """Whether the UNet takes pooled text and sizes: what kohya's names depend on."""
         return "add_embedding.linear_1" in self.tables.get("unet", {})
+
+    @property
+    def architecture(self) -> str:
+        """The stored family that these modules are built like, whatever their widths."""
+        if "transformer" in self.tables:
+            return "flux" if "single_transformer_blocks.0.proj_mlp" in self.tables["transformer"] else ""
+        context = self.tables.get("unet", {}).get("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", (0, 0))
+        return "sdxl" if self.is_sdxl else "sd2" if context[1] == 1024 else "sd1"
 
 
 @cache
