@@ -39,7 +39,7 @@ class InspectConfig:
 
     Fails (exit code 1) if a file is damaged, or if some of its keys have no place in the model.
 
-    Examples:
+    In a shell:
       veneer inspect ink.safetensors
       veneer inspect ink.safetensors --base embedded
       veneer inspect runs/robot --base models/stable-diffusion-v1-5 --json
