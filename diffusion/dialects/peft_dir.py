@@ -104,6 +104,8 @@ def one_config(component: str, configs: Mapping[str, PeftConfig], shapes: Mappin
     ranked: dict[str, Any] = dict(configs)
     if kind is not LoraConfig and any(config.use_dora for config in ranked.values()):
         raise ValueError(f"{component}: PEFT has DoRA over LoRA only, not over {kind.peft_type}: {WAY_OUT}")
+    if any(config.dora_on_input for config in ranked.values()):
+        raise ValueError(f"{component}: PEFT's DoRA has magnitudes of rows, and these are of input channels: {WAY_OUT}")
     common = _agreed(component, ranked, shapes)
     if kind is LoKrConfig:
         common |= {"decompose_factor": _decompose_factor(component, ranked, shapes), "left_shape": None}

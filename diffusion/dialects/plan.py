@@ -128,6 +128,8 @@ def _under_our_names(module: _Module, header: Header, whole: Shape) -> tuple[str
 
 def _magnitude(shape: Shape, whole: Shape) -> str:
     """LyCORIS stores the norms of rows as (out, 1, ...), those of input channels as (1, in, ...)."""
+    if len(whole) < 2:
+        raise _NoPlaceError("dora_scale belongs to a layer with a matrix, and this is a norm")
     columns = len(shape) > 1 and shape[0] == 1 != whole[0]
     if prod(shape) != (whole[1] if columns else whole[0]):
         raise _NoPlaceError(f"dora_scale has shape {list(shape)}, and the layer is {whole[0]} x {whole[1]}")
