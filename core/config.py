@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum, StrEnum
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -229,6 +230,9 @@ class RankedConfig(LayeredConfig):
         for rank in (self.r, *self.rank_pattern.values()):
             if rank <= 0:
                 raise ValueError(f"`r` should be a positive integer value but the value passed is {rank}")
+        for alpha in (getattr(self, self.alpha_field), *self.alpha_pattern.values()):
+            if not isinstance(alpha, Real):
+                raise ValueError(f"`{self.alpha_field}` should be a number but the value passed is {alpha!r}")
 
     def rank_and_alpha(self, path: str) -> tuple[int, float]:
         """Rank and alpha of the layer at `path`, looked up independently."""

@@ -133,14 +133,14 @@ def read_config(source: str | Path, cls: type[PeftConfig] = PeftConfig, **where:
     """The config of an adapter directory or hub id.
 
     Raises:
-        ValueError: none is there, it is damaged, or it asks for what this release cannot honour.
+        AdapterFileError: none is there, it is damaged, or it asks for what this release cannot honour.
     """
     path = find_file(source, CONFIG_NAME, **where)
     values = read_json(path)
     try:
         return cls.from_dict(values)
-    except (TypeError, AttributeError) as error:  # a list where a number belongs, and the like
-        raise AdapterFileError(f"{path} has an option of a wrong type: {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:  # the latter for a list where a number belongs
+        raise AdapterFileError(f"{path}: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def _loha_size(shapes: Shapes) -> tuple[int | None, int | None]:
 
 def lokr_shapes(shapes: Shapes) -> tuple[Shape, Shape]:
     """(a, c) of the left factor and (b, d times kernel) of the right."""
-    left = shapes.get("lokr_w1") or (shapes["lokr_w1_a"][0], prod(shapes["lokr_w1_b"][1:]))
+    left = shapes["lokr_w1"] if "lokr_w1" in shapes else (shapes["lokr_w1_a"][0], prod(shapes["lokr_w1_b"][1:]))
     if "lokr_w2" in shapes:
         right = shapes["lokr_w2"]
     elif "lokr_t2" in shapes:
