@@ -308,9 +308,8 @@ WRONG = {
 @pytest.mark.parametrize("method", [*RIGHT, *KERNELS])
 def test_one_wrong_shape_is_a_clear_error_or_harmless(pipe, tmp_path, method, wrong):
     """Whichever factor it is: what loads at all also runs."""
-    module, right = (
-        (FLAT, RIGHT[method]) if method in RIGHT else (f"lora_unet_{CONV}".replace(".", "_"), KERNELS[method])
-    )
+    path = Q if method in RIGHT else CONV
+    module, right = f"lora_unet_{path}".replace(".", "_"), (RIGHT | KERNELS)[method]
     for name in right:
         shapes = right | {name: wrong(right[name])}
         tensors = {f"{module}.{key}": torch.full(size, 0.1) for key, size in shapes.items()}
