@@ -21,7 +21,7 @@ from ..core.files import WEIGHTS_NAME
 from .base import BaseModel
 from .dialects.architectures import Table
 from .dialects.canonical import CONFIGS, Entry, Header, Plan
-from .dialects.methods import FORMS
+from .dialects.methods import FORMS, POISON
 from .dialects.names import Names, families, family_names
 from .dialects.peft_plan import component_folders, peft_header, plan_peft
 from .dialects.plan import plan
@@ -233,13 +233,24 @@ def _coverage(layers: int, table: Table) -> float | None:
 
 def _warnings(meant: Plan, header: Header) -> Iterator[str]:
     """What is odd about a file, but no error."""
-    wide = [entry for entry in meant.entries if entry.rank and entry.rank > _full_rank(entry, header)]
-    if wide:
-        first = wide[0]
-        yield (
-            f"ranks larger than their layers in {len(wide)} of {len(meant.entries)}, the first {first.path} with rank "
-            f"{first.rank} where {_full_rank(first, header)} is all that it can have"
-        )
+    odd = {
+        "ranks larger than what their layers can have": [
+            e for e in meant.entries if (e.rank or 0) > _full_rank(e, header)
+        ],
+        "no alpha, which every program reads as scale 1": [
+            e for e in meant.entries if meant.dialect.name == "kohya" and e.rank and e.alpha is None
+        ],
+        f"an alpha of {POISON:.0f} or infinity beside two full factors, which means nothing and is ignored": [
+            e for e in meant.entries if e.rank is None and e.alpha is not None and abs(e.alpha) >= POISON
+        ],
+        "DoRA's magnitudes by input channel, as LyCORIS before 3.2 had them; PEFT and diffusers cannot hold these": [
+            e for e in meant.entries if e.magnitude == "dora_in"
+        ],
+    }
+    for what, layers in odd.items():
+        if layers:
+            first = f"{layers[0].component}.{layers[0].path}"
+            yield f"{what}: {len(layers)} of {len(meant.entries)} layers, the first {first}"
 
 
 def _full_rank(entry: Entry, header: Header) -> int:

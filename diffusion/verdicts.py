@@ -147,7 +147,7 @@ PROGRAMS: dict[str, tuple[Rule, ...]] = {
         Rule(lambda c: c.dialect == "kohya" and bool(c.layer.magnitude), CHANGES,
              "DoRA's magnitudes are dropped, and plain LoRA is applied"),
         Rule(lambda c: c.dialect == "kohya" and c.file.family != "flux" and c.mixed_alphas and c.is_attention, CHANGES,
-             "alphas that differ by layer are lost on attention and text encoders"),
+             "where alphas differ by layer, attention and text encoders get one for all"),
     ),
     "PEFT": (
         Rule(_is_not("peft"), REFUSES, "it reads directories of its own only"),

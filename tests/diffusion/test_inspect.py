@@ -13,7 +13,10 @@ from safetensors.torch import save_file
 from veneer import cli
 from veneer.diffusion import load_pipeline
 from veneer.diffusion.base import BaseModel
+from veneer.diffusion.dialects.names import live_path
+from veneer.diffusion.dialects.reading import read
 from veneer.diffusion.inspect import adapters_at, inspect_adapter
+from veneer.diffusion.to_lora import built
 from veneer.diffusion.verdicts import NO, PART, WHOLE
 
 Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -44,6 +47,7 @@ def peft_dir(folder: Path, config: dict, shapes: dict) -> Path:
     return folder
 
 
+BASE = BaseModel("embedded")
 PEFT_LORA = ("lora_A", "lora_B")
 FILES = {
     "kohya, sd1": (under(FLAT_Q, {**lora(1280, 1280), "alpha": 2.0}) | under(FLAT_FC, lora(3072, 768)),
@@ -70,6 +74,7 @@ def test_dialects_and_families_are_told_by_names_and_shapes(tmp_path, shapes, di
     assert report.problem is None
 
 
+FULL_LOKR = {"lokr_w1": (4, 4), "lokr_w2": (320, 320)}
 METHODS = {
     "LoRA": (lora(1280, 1280), [4]),
     "DoRA": ({**lora(1280, 1280), "dora_scale": (1280, 1)}, [4]),
@@ -161,8 +166,8 @@ def embedded_file(path: Path, width: int = 160, names: tuple[str, str] = PEFT_LO
 
 
 def test_the_base_is_read_by_its_headers_alone():
-    names, pipe = BaseModel("embedded").names, load_pipeline("embedded")
-    for component, table in names.tables.items():
+    pipe = load_pipeline("embedded")
+    for component, table in BASE.names.tables.items():
         own = {n.removeprefix("text_model."): m for n, m in getattr(pipe, component).named_modules()}
         weights = {n: tuple(m.weight.shape) for n, m in own.items() if getattr(m, "weight", None) is not None}
         assert {path.removeprefix("text_model."): shape for path, shape in table.items()} == weights
@@ -172,9 +177,9 @@ def test_the_pipeline_in_the_box_is_known_without_being_named(tmp_path):
     file = embedded_file(tmp_path / "x.safetensors")
     report = inspect_adapter(file)
     assert (report.family, report.unmatched) == ("embedded", {})
-    assert report == inspect_adapter(file, BaseModel("embedded").names)
+    assert report == inspect_adapter(file, BASE.names)
     (part,) = report.parts
-    adaptable = sum(len(shape) > 1 for shape in BaseModel("embedded").names.tables["unet"].values())
+    adaptable = sum(len(shape) > 1 for shape in BASE.names.tables["unet"].values())
     assert part.coverage == round(100 / adaptable, 1)
 
 
@@ -207,14 +212,30 @@ def test_a_base_that_is_no_pipeline(tmp_path, model):
 # ---------------------------------------------------------------- what is odd
 
 
-def test_oddities_are_warned_of(tmp_path):
-    wide = under(FLAT_Q, lora(1280, 1280, rank=2000))
-    (warning,) = inspect_adapter(filed(tmp_path / "wide.safetensors", wide)).warnings
-    assert "ranks larger than their layers in 1 of 1" in warning
-    assert "rank 2000 where 1280 is all" in warning
-    full = under(FLAT_Q, {"lokr_w1": (4, 4), "lokr_w2": (320, 320), "alpha": 1.0})
-    (warning,) = inspect_adapter(filed(tmp_path / "full.safetensors", full, {"ss_network_dim": "32"})).warnings
-    assert "alpha 1 at dim 32: read at scale 1" in warning
+ODD = {
+    "a rank too large": ({**lora(1280, 1280, rank=2000), "alpha": 2.0}, "ranks larger than what their layers can have"),
+    "no alpha": (lora(1280, 1280), "no alpha, which every program reads as scale 1"),
+    "a poisoned alpha": ({**FULL_LOKR, "alpha": 9999999999.0}, "an alpha of 9999999999 or infinity beside two full"),
+    "an infinite alpha": ({**FULL_LOKR, "alpha": float("inf")}, "an alpha of 9999999999 or infinity beside two full"),
+    "an alpha that is no dim": ({**FULL_LOKR, "alpha": 1.0}, "LoKr of two full factors with alpha 1 at dim 32"),
+    "columns' magnitudes": (
+        {**lora(3072, 768), "alpha": 2.0, "dora_scale": (1, 768)}, "DoRA's magnitudes by input channel, as LyCORIS"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("shapes", "words"), ODD.values(), ids=ODD.keys())
+def test_oddities_are_warned_of(tmp_path, shapes, words):
+    module = FLAT_FC if "dora_scale" in shapes else FLAT_Q
+    (warning,) = inspect_adapter(
+        filed(tmp_path / "x.safetensors", under(module, shapes), {"ss_network_dim": "32"})
+    ).warnings
+    assert warning.startswith(words)
+
+
+def test_a_tidy_file_has_no_warnings(tmp_path):
+    shapes = under(FLAT_Q, {**lora(1280, 1280), "alpha": 2.0, "dora_scale": (1280, 1)})
+    assert inspect_adapter(filed(tmp_path / "x.safetensors", shapes)).warnings == []
 
 
 @pytest.mark.parametrize("alpha", [float("inf"), 9999999999.0])
@@ -269,38 +290,62 @@ def test_verdicts(tmp_path, shapes, metadata, expected):
     assert all(v.why for v in report.verdicts if v.reads != WHOLE)
 
 
-def small(method: str) -> dict:
-    shapes = {
-        "LoRA": lora(160, 160),
-        "LoHa": {"hada_w1_a": (160, 3), "hada_w1_b": (3, 160), "hada_w2_a": (160, 3), "hada_w2_b": (3, 160)},
-        "LoKr": {"lokr_w1": (4, 4), "lokr_w2": (40, 40)},
-    }
-    return under(FLAT_Q, shapes[method])
+def small(path: str, out: int, cols: int, alpha: float | None, rank: int = 4, **more) -> dict:
+    """kohya's tensors of one layer of the pipeline in the box."""
+    name = ("lora_unet_" if "block" in path else "lora_te_") + path.replace(".", "_")
+    return under(name, lora(out, cols, rank) | ({} if alpha is None else {"alpha": alpha}) | more)
 
 
+TEXT = {f"text_model.encoder.layers.0.self_attn.{name}_proj": (192, 192) for name in ("q", "k", "v", "out")}
+K, FF = Q.replace("to_q", "to_k"), f"{Q.partition('.attn1')[0]}.ff.net.2"
+LOHA = {"hada_w1_a": (160, 3), "hada_w1_b": (3, 160), "hada_w2_a": (160, 3), "hada_w2_b": (3, 160)}
 ORACLE = {
     "diffusers": under(f"unet.{Q}", lora(160, 160, names=PEFT_LORA)),
-    "kohya": small("LoRA"),
-    "loha": small("LoHa"),
-    "lokr": small("LoKr"),
-    "comfy": under(f"diffusion_model.{Q}", lora(160, 160, names=PEFT_LORA)),
-    "text without out_proj": under(FLAT_FC.replace("mlp_fc1", "self_attn_q_proj"), lora(192, 192)),
+    "kohya": small(Q, 160, 160, 2.0) | small(K, 160, 160, 2.0) | small(FF, 160, 640, 2.0),
+    "no alphas": small(Q, 160, 160, None) | small(K, 160, 160, None),
+    "two ranks": small(Q, 160, 160, 2.0) | small(K, 160, 160, 2.0, rank=8),
+    "two alphas": small(Q, 160, 160, 2.0) | small(K, 160, 160, 1.0),
+    "two alphas outside attention": small(FF, 160, 640, 2.0) | small(FF.replace("2", "0.proj"), 1280, 160, 1.0),
+    "text": {k: v for path in TEXT for k, v in small(path, 192, 192, 2.0).items()},
+    "text with two alphas": {k: v for i, path in enumerate(TEXT) for k, v in small(path, 192, 192, 1.0 + i).items()},
+    "text without out_proj": small(next(iter(TEXT)), 192, 192, 2.0),
+    "dora": small(Q, 160, 160, 2.0, dora_scale=(160, 1)),
+    "loha": under(FLAT_Q, LOHA),
+    "lokr": under(FLAT_Q, {"lokr_w1": (4, 4), "lokr_w2": (40, 40)}),
+    "comfy": under("diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q", lora(160, 160, names=PEFT_LORA)),
 }
 
 
 @pytest.mark.parametrize("name", ORACLE)
 def test_what_diffusers_does_is_what_is_said_of_it(tmp_path, name):
-    file = filed(tmp_path / "x.safetensors", ORACLE[name])
-    verdict = next(v for v in inspect_adapter(file, BaseModel("embedded").names).verdicts if v.program == "diffusers")
+    torch.manual_seed(0)
+    random = {k: torch.tensor(v) if isinstance(v, float) else torch.randn(v) for k, v in ORACLE[name].items()}
+    save_file(random, tmp_path / "x.safetensors")
+    (verdict,) = (
+        v for v in inspect_adapter(tmp_path / "x.safetensors", BASE.names).verdicts if v.program == "diffusers"
+    )
+    assert done_by_diffusers(tmp_path / "x.safetensors") == verdict.reads, verdict
+
+
+def done_by_diffusers(file: Path) -> str:
+    """Whether diffusers adds what the file means to each layer."""
     pipe = load_pipeline("embedded")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            pipe.load_lora_weights(file)
-            loaded = bool(pipe.get_list_adapters())
+            pipe.load_lora_weights(file, adapter_name="x")
         except (ValueError, KeyError, IndexError):
-            loaded = False
-    assert loaded == (verdict.reads != NO), verdict
+            return NO
+    if not pipe.get_list_adapters():
+        return NO
+    for (component, path), layer in read(file, BASE.names).layers().items():
+        weight = BASE.weights(component, path)[0].float()
+        ours = built(layer, path, tuple(weight.shape)).fold(weight, None)[0] - weight
+        model = getattr(pipe, component)
+        theirs = model.get_submodule(live_path(path, model)).get_delta_weight("x")
+        if not torch.allclose(theirs, ours, atol=1e-3):
+            return PART
+    return WHOLE
 
 
 # ---------------------------------------------------------------- the command
