@@ -235,7 +235,7 @@ def _warnings(meant: Plan, header: Header) -> Iterator[str]:
     """What is odd about a file, but no error."""
     odd = {
         "ranks larger than what their layers can have": [
-            e for e in meant.entries if (e.rank or 0) > _full_rank(e, header)
+            e for e in meant.entries if e.rank and e.rank > _full_rank(e, header)
         ],
         "no alpha, which every program reads as scale 1": [
             e for e in meant.entries if meant.dialect.name == "kohya" and e.rank and e.alpha is None
