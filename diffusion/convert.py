@@ -12,7 +12,7 @@ from tyro.conf import Positional
 from .base import BaseModel
 from .config import ConfigError
 from .dialects.peft_plan import component_folders
-from .inspect import look_into
+from .inspect import adapters_at, look_into
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,12 +100,13 @@ def convert_adapter(config: ConvertConfig) -> Conversion:
     """
     check_target(config.out, config.to, config.overwrite)
     base = None if config.base is None else BaseModel(config.base)
-    found = look_into(config.source, base and base.names)
+    source = _the_one_at(config.source)
+    found = look_into(source, base and base.names)
 
     from .dialects.reading import read
     from .dialects.writing import write
 
-    adapter = read(config.source, found.names, config.strict)
+    adapter = read(source, found.names, config.strict)
     notes = [*found.plan.notes, *_left_out(adapter.unmatched, "keys")]
     error = None
     if config.method == "lora":
@@ -124,8 +125,21 @@ def convert_adapter(config: ConvertConfig) -> Conversion:
     if config.to == "peft":
         _check_no_mixture(config.out, adapter.components)
     write(config.out, _cast(adapter, config.dtype), config.to, found.names)
-    source = found.plan.dialect.title
-    return Conversion(config.out, source, config.to, found.names.family, len(adapter.layers()), tuple(notes), error)
+    return Conversion(
+        config.out, found.plan.dialect.title, config.to, found.names.family, len(adapter.layers()), tuple(notes), error
+    )
+
+
+def _the_one_at(path: Path) -> Path:
+    """The adapter at `path`: of a run's folder its PEFT directory, of another folder its only file.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    found = adapters_at(path)
+    if len(found) > 1 and found[0] != path:
+        raise ConfigError(f"{path} holds {len(found)} adapters: name one, such as {found[0]}")
+    return found[0]
 
 
 def check_target(out: Path, to: str, overwrite: bool) -> None:

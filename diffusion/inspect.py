@@ -88,9 +88,12 @@ class Report:
     @property
     def problem(self) -> str | None:
         """Why Veneer would not load it, in one line."""
-        if self.verdicts[0].reads == WHOLE:
+        ours = self.verdicts[0]
+        if ours.reads == WHOLE:
             return None
-        key, why = next(iter(self.unmatched.items()), ("", ""))
+        if not self.unmatched:
+            return f"{self.path}: {ours.why}"
+        key, why = next(iter(self.unmatched.items()))
         more = f" (and {len(self.unmatched) - 1} more keys)" if len(self.unmatched) > 1 else ""
         fits = f"does not fit {self.family}" if self.family else f"fits none of {', '.join(families())}"
         return f"{self.path} {fits}: {key}: {why}{more}"

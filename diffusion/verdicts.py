@@ -101,15 +101,15 @@ def verdicts(plan: Plan) -> list[Verdict]:
     """The verdict of every program on a file; ours first."""
     file = File(plan)
     cases = [Case(layer, file) for layer in plan.entries]
-    return [_ours(plan), *(_judge(program, rules, cases) for program, rules in PROGRAMS.items())]
+    return [_ours(plan, cases), *(_judge(program, rules, cases) for program, rules in PROGRAMS.items())]
 
 
-def _ours(plan: Plan) -> Verdict:
-    if not plan.entries:
+def _ours(plan: Plan, cases: list[Case]) -> Verdict:
+    if not cases:
         return Verdict("Veneer", NO, "no key has a place in the model")
     if plan.unmatched:
         return Verdict("Veneer", PART, f"keys without a place: {len(plan.unmatched)}; refused unless strict=False")
-    return Verdict("Veneer", WHOLE)
+    return _judge("Veneer", _OURS, cases)
 
 
 def _judge(program: str, rules: tuple[Rule, ...], cases: list[Case]) -> Verdict:
@@ -136,6 +136,10 @@ def _is_not(*dialects: str) -> Callable[[Case], bool]:
 
 REFUSES, DROPS, CHANGES, NEEDS = Effect
 
+_OURS = (
+    Rule(lambda c: c.layer.rows is not None and (c.layer.method == "oft" or c.layer.magnitude == "dora_in"), REFUSES,
+         "what OFT and magnitudes by input channel do to a fused layer, its parts cannot do one by one"),
+)  # fmt: skip
 PROGRAMS: dict[str, tuple[Rule, ...]] = {
     "diffusers": (
         Rule(_is("peft"), REFUSES, "it reads files of its own, not PEFT's directories"),

@@ -31,9 +31,17 @@ def spelling(names: Names, component: str) -> Spelling:
 
 
 def write(adapter: Canonical, names: Names) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors of a file for ComfyUI; it needs no metadata."""
+    """Tensors of a file for ComfyUI; it needs no metadata.
+
+    Raises:
+        ValueError: an IA3, which ComfyUI leaves out.
+    """
+    from .peft_dir import WAY_OUT
     from .writing import by_module
 
+    scaled = next((f"{name}.{path}" for (name, path), layer in adapter.layers().items() if layer.method == "ia3"), None)
+    if scaled:
+        raise ValueError(f"{scaled} has an IA3, which ComfyUI does not read: {WAY_OUT}")
     return by_module(adapter, names, spelling), {}
 
 

@@ -58,9 +58,26 @@ def text(path: Path) -> Path:
     return filed(path, TEXT, lora_down_weight=torch.randn(4, 192), lora_up_weight=torch.randn(768, 4), alpha=2.0)
 
 
-SOURCES = {"lora": lora, "lokr": lokr, "dora": dora, "full": full, "loha of a kernel": loha_kernel, "text": text}
+def ia3(path: Path) -> Path:
+    return filed(path, weight=torch.randn(160), on_input=0)
+
+
+SOURCES = {
+    "ia3": ia3,
+    "lora": lora,
+    "lokr": lokr,
+    "dora": dora,
+    "full": full,
+    "loha of a kernel": loha_kernel,
+    "text": text,
+}
 """Methods and places, in kohya's dialect."""
-ONLY_LYCORIS = {"full": ("peft", "diffusers"), "lokr": ("diffusers",), "loha of a kernel": ("diffusers",)}
+ONLY_LYCORIS = {
+    "full": ("peft", "diffusers"),
+    "ia3": ("peft", "diffusers", "comfy"),
+    "lokr": ("diffusers",),
+    "loha of a kernel": ("diffusers",),
+}
 """What PEFT or diffusers have no form for."""
 
 
@@ -113,7 +130,7 @@ def test_what_a_dialect_cannot_express_is_refused_with_the_way_out(source, name,
     with pytest.raises(ValueError, match="--method lora --rank N"):
         convert_adapter(wanted)
     assert not wanted.out.exists()
-    done = convert_adapter(config(source, to, method="lora", rank=160))
+    done = convert_adapter(config(source, to, method="lora", rank=160, base="embedded"))
     same(source, done.out, tolerance=1e-3)
 
 
@@ -193,7 +210,16 @@ def test_options_that_do_not_go_together(tmp_path, options, words):
         config(tmp_path / "x", "kohya", **options)
 
 
-# ---------------------------------------------------------------- where it is written
+# ---------------------------------------------------------------- what is read, and where it is written
+
+
+def test_a_folder_means_the_one_adapter_in_it(source):
+    lora(source)
+    done = convert_adapter(config(source.parent, "kohya", out=source.parent / "out" / "x.safetensors"))
+    same(source, done.out)
+    lora(source.with_name("other.safetensors"))
+    with pytest.raises(ValueError, match=r"holds 2 adapters: name one, such as .*other\.safetensors"):
+        convert_adapter(config(source.parent, "kohya", out=source.parent / "out" / "y.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -290,6 +290,15 @@ def test_verdicts(tmp_path, shapes, metadata, expected):
     assert all(v.why for v in report.verdicts if v.reads != WHOLE)
 
 
+@pytest.mark.parametrize("more", [{"oft_blocks": (96, 96, 96)}, {**lora(9216, 3072), "dora_scale": (1, 3072)}])
+def test_what_does_not_split_into_the_parts_of_a_fused_layer(tmp_path, more):
+    file = filed(tmp_path / "x.safetensors", under("lora_unet_double_blocks_0_img_attn_qkv", more))
+    report = inspect_adapter(file)
+    assert report.problem == f"{file}: {report.verdicts[0].why}"
+    with pytest.raises(ValueError, match=r"does not split|no part of it has alone"):
+        read(file)
+
+
 def small(path: str, out: int, cols: int, alpha: float | None, rank: int = 4, **more) -> dict:
     """kohya's tensors of one layer of the pipeline in the box."""
     name = ("lora_unet_" if "block" in path else "lora_te_") + path.replace(".", "_")
