@@ -11,13 +11,14 @@ from tyro.conf import Positional
 
 from .base import BaseModel
 from .config import ConfigError
+from .dialects.methods import is_full_lokr
 from .dialects.peft_plan import component_folders
 from .inspect import adapters_at, look_into
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .dialects.canonical import Canonical
+    from .dialects.canonical import Canonical, Layer
     from .to_lora import Truncated
 
 
@@ -198,7 +199,13 @@ def _scales(adapter: Canonical, to: str) -> Iterator[str]:
     scales = sorted({layer.scale for layer in adapter.layers().values()} - {1.0})
     if scales:
         shown = f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g} to {scales[-1]:g}"
-        yield f"scales other than 1 ({shown}) {_SCALES[to]}"
+        full = to in ("kohya", "comfy") and any(map(_is_full, adapter.layers().values()))
+        but = ", or in the left factor of a LoKr with two full ones, where alphas mean nothing" if full else ""
+        yield f"scales other than 1 ({shown}) {_SCALES[to]}{but}"
+
+
+def _is_full(layer: Layer) -> bool:
+    return is_full_lokr({name: tuple(tensor.shape) for name, tensor in layer.factors.items()})
 
 
 def _cast(adapter: Canonical, dtype: str | None) -> Canonical:
