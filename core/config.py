@@ -124,7 +124,14 @@ class PeftConfig:
         return f"Please specify `{name}` in `{type(self).__name__}`: there is no default for {kind}"
 
     def build(self, site: Site, path: str, device: torch.device, dtype: torch.dtype) -> Adapter:
-        """The adapter of one layer, its tensors allocated but not initialised."""
+        """The adapter of one layer, its tensors allocated but not initialised.
+
+        Raises:
+            ValueError: the layer is a norm, and the method is for matrices.
+        """
+        if site.elementwise and not self.norms:
+            kind = type(site.module).__name__
+            raise ValueError(f"{path}: {self.peft_type} cannot adapt a {kind}, whose weight is no matrix")
         return self.adapter_class(self, site, path, device, dtype)
 
     # ---------------------------------------------------------------- JSON

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from .events import Checkpoint, Done, Event, Notice, Plan, Progress, ProgressBar, Sample, Step, Stopped
     from .families import family_of, load_pipeline
     from .grid import contact_sheet
-    from .pipeline import adapted_models, detach, load_adapter, read_adapter, remove_adapter, set_weights
+    from .pipeline import (
+        LoadReport,
+        adapted_models,
+        detach,
+        load_adapter,
+        read_adapter,
+        remove_adapter,
+        save_adapter,
+        set_weights,
+    )
     from .sample import generate_each
     from .trainer import TrainingError
 
@@ -42,10 +51,12 @@ _HOME = {
     "detach": "pipeline",
     "family_of": "families",
     "generate_each": "sample",
+    "LoadReport": "pipeline",
     "load_adapter": "pipeline",
     "load_pipeline": "families",
     "read_adapter": "pipeline",
     "remove_adapter": "pipeline",
+    "save_adapter": "pipeline",
     "set_weights": "pipeline",
 }
 

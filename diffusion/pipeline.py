@@ -16,7 +16,8 @@ from .dialects import diffusers_file
 from .dialects.canonical import Canonical
 from .dialects.diffusers_file import FILE_NAME
 from .dialects.names import Names, fit_names
-from .dialects.peft_dir import is_peft_dir, read_peft_dir, write_peft_dir
+from .dialects.peft_dir import is_peft_dir, read_peft_dir, to_peft, write_peft_dir
+from .dialects.peft_plan import component_folders
 from .dialects.reading import read, to_core
 from .dialects.writing import family_of, from_core, write
 
@@ -46,7 +47,7 @@ def read_adapter(path: str | Path, revision: str | None = None) -> Adapters:
 def adapter_metadata(path: str | Path, revision: str | None = None) -> dict[str, str]:
     """What the adapter at `path` tells of itself: `base_model`, `trigger`, `steps`, `recipe`, where it does."""
     local = _locate(path, revision)
-    return read_metadata(local if local.is_file() else next(local.glob(f"*/{WEIGHTS_NAME}")))
+    return read_metadata(local if local.is_file() else next(iter(component_folders(local).values())) / WEIGHTS_NAME)
 
 
 def save_adapter(
@@ -61,12 +62,19 @@ def save_adapter(
     Returns whether it does.
 
     Arguments:
+        adapters: as training, blending and `read_adapter` give them.
         to: the dialect of one file at `path` instead: "diffusers", "kohya", "comfy", or "peft" for directories alone.
         names: the modules of the model, which `to` may need; None takes the family that has most of them.
+
+    Raises:
+        ValueError: the dialect cannot express the adapter; says why, and the way out. Nothing is written then.
     """
     if to is not None:
         write(path, from_core(adapters, metadata), to, names)
         return to == "diffusers"
+    if any(isinstance(config, LayerwiseConfig) for config, _ in adapters.values()):  # from a file of another dialect
+        adapter = from_core(adapters)
+        adapters = to_peft(adapter, names or family_of(adapter))
     path.mkdir(parents=True, exist_ok=True)
     write_peft_dir(path, adapters, metadata)
     for_diffusers = _for_diffusers(adapters)

@@ -30,7 +30,4 @@ class LayerwiseConfig(PeftConfig):
         self.target_modules: Any = self.layers
 
     def build(self, site: Site, path: str, device: torch.device, dtype: torch.dtype) -> Adapter:
-        config = self.layers[path]
-        if site.elementwise and not config.norms:
-            raise ValueError(f"{path}: a {config.peft_type} cannot adapt a {type(site.module).__name__}")
-        return config.build(site, path, device, dtype)
+        return self.layers[path].build(site, path, device, dtype)

@@ -18,13 +18,14 @@ from ..adapters import Adapters
 from .canonical import Canonical, Shape
 from .forms import formed
 from .names import COMPONENTS, Names, clip_path
+from .peft_plan import component_folders
 
 WAY_OUT = "convert to LoRA first (--method lora --rank N)"
 _KNOWN: tuple[type[RankedConfig], ...] = (LoraConfig, LoHaConfig, LoKrConfig)
 
 
 def is_peft_dir(path: Path) -> bool:
-    return any((path / name / "adapter_config.json").is_file() for name in COMPONENTS)
+    return bool(component_folders(path))
 
 
 def write_peft_dir(path: Path, adapters: Adapters, metadata: dict[str, str] | None = None) -> None:
@@ -34,11 +35,11 @@ def write_peft_dir(path: Path, adapters: Adapters, metadata: dict[str, str] | No
 
 
 def read_peft_dir(path: Path) -> Adapters:
-    """All components that `path` holds."""
-    found = [name for name in COMPONENTS if (path / name / "adapter_config.json").is_file()]
+    """All components that `path` holds: a folder each, or itself one that is named for its component."""
+    found = component_folders(path)
     if not found:
         raise FileNotFoundError(f"{path} holds no PEFT adapter in any of the folders {', '.join(COMPONENTS)}")
-    return {name: files.load_adapter(path / name) for name in found}
+    return {name: files.load_adapter(folder) for name, folder in found.items()}
 
 
 def read_canonical(path: Path) -> Canonical:
@@ -50,7 +51,7 @@ def read_canonical(path: Path) -> Canonical:
     from .writing import from_core
 
     adapters = read_peft_dir(path)
-    metadata = files.read_metadata(path / next(iter(adapters)) / files.WEIGHTS_NAME)
+    metadata = files.read_metadata(next(iter(component_folders(path).values())) / files.WEIGHTS_NAME)
     return from_core(adapters, {key: value for key, value in metadata.items() if key != "format"})
 
 
@@ -94,7 +95,7 @@ def one_config(component: str, configs: Mapping[str, PeftConfig], shapes: Mappin
     Raises:
         ValueError: it does not.
     """
-    kinds = {type(config) for config in configs.values()}
+    kinds: set[Any] = {type(config) for config in configs.values()}
     if len(kinds) > 1:
         found = ", ".join(sorted(str(kind.peft_type) for kind in kinds))
         raise ValueError(f"{component} mixes {found}, and a PEFT directory holds one method: {WAY_OUT}")
