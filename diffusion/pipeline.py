@@ -154,7 +154,8 @@ def load_adapter(
     try:
         for component, (config, tensors) in adapters.items():
             model = adapted.setdefault(component, AdaptedModel(getattr(pipe, component)))
-            model.load(name, _fitted(config, model.model), fit_names(tensors, model.model))
+            found = model.load(name, _fitted(config, model.model), fit_names(tensors, model.model), strict=strict)
+            report.unmatched.update({f"{component}.{key}": "no layer for it" for key in found.unexpected_keys})
             model.activate(*dict.fromkeys([*model.state.active, name]))
     except Exception:  # half an adapter is worse than none
         remove_adapter(pipe, name)

@@ -20,7 +20,7 @@ from ...core.tuners.full import FullConfig
 from ...core.tuners.glora import GLoraConfig
 from ...core.tuners.lycoris import tucker
 from .canonical import Layer, Shape
-from .methods import FORMS, lokr_shapes
+from .methods import lokr_shapes
 
 Formed = tuple[PeftConfig, dict[str, Tensor]]
 """Config of one layer, and its tensors by slot."""
@@ -88,8 +88,8 @@ def _lokr(layer: Layer, path: str, shape: Shape) -> Formed:
     (a, c), (b, _) = lokr_shapes({key: tuple(t.shape) for key, t in factors.items()})
     d = shape[1] // c
     tensors = {"lokr_w1": left_factor(factors).reshape(a, c)}
-    rank = FORMS["lokr"].rank({"lokr_w2_b": tuple(factors["lokr_w2_b"].shape)}) if "lokr_w2_b" in factors else None
-    low = rank is not None and rank < max(b, d) / 2
+    rank = factors["lokr_w2_b"].shape[0] if "lokr_w2_b" in factors else max(b, d)
+    low = rank < max(b, d) / 2  # else the core takes the right factor as full
     is_tucker = low and "lokr_t2" in factors and prod(kernel) > 1
     if is_tucker:
         tensors |= {key: factors[key] for key in ("lokr_t2", "lokr_w2_a", "lokr_w2_b")}
@@ -97,8 +97,7 @@ def _lokr(layer: Layer, path: str, shape: Shape) -> Formed:
         tensors |= {key: factors[key].flatten(1) for key in ("lokr_w2_a", "lokr_w2_b")}
     else:
         tensors["lokr_w2"] = right_factor(factors).reshape(b, d, *kernel)
-        rank = max(b, d)  # from here on the core takes the right factor as full
-    assert rank is not None
+        rank = max(b, d)
     options = {
         "r": rank,
         "alpha": layer.scale * rank,

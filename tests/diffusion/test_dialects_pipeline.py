@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from veneer.core import AdaptedModel, LoHaConfig, LoKrConfig, LoraConfig
 from veneer.diffusion import adapted_models, detach, load_adapter, load_pipeline, read_adapter, save_adapter
 from veneer.diffusion.blend import BLEND, CombineOptions, combine
@@ -107,3 +107,49 @@ def test_a_file_for_another_family_changes_nothing(pipe, tmp_path):
     with pytest.raises(ValueError, match="StableDiffusionPipeline has no module of this name"):
         load_adapter(pipe, tmp_path / "flux.safetensors")
     assert before == {name: id(module) for name, module in pipe.unet.named_modules()}
+
+
+@pytest.mark.parametrize("factor", [-1, 2, 4, 8, 80])
+def test_either_split_of_a_lokr_survives(factor, pipe, tmp_path):
+    """ "swaps so m <= n" in LyCORIS; PEFT "keeps (factor, n)": a left factor of any shape is read as it is."""
+    model = AdaptedModel(pipe.unet)
+    config = LoKrConfig(
+        r=1, alpha=3, decompose_factor=factor, target_modules=["to_q", "ff.net.0.proj"], init_weights=False
+    )
+    model.add("lokr", config)
+    expected = pipe.unet.get_submodule(LAYER).get_delta_weight("lokr").clone()
+    adapters = {"unet": (config, {k: t.clone() for k, t in model.tensors("lokr").items()})}
+    model.detach()
+    for dialect in ("kohya", "comfy", "peft"):
+        out = tmp_path / (dialect if dialect == "peft" else f"{dialect}.safetensors")
+        save_adapter(out, adapters, {}, dialect, Names.of_pipeline(pipe))
+        load_adapter(pipe, out)
+        try:
+            delta = pipe.unet.get_submodule(LAYER).get_delta_weight("default")
+            torch.testing.assert_close(delta, expected, atol=1e-6, rtol=1e-5)
+        finally:
+            detach(pipe)
+
+
+def test_a_split_that_peft_cannot_name_is_refused(pipe, tmp_path):
+    path = LAYER
+    width = pipe.unet.get_submodule(path).in_features
+    shapes = {"lokr_w1": (4, 8), "lokr_w2": (width // 4, width // 8)}
+    save_file({f"unet.{path}.{key}": torch.ones(shape) for key, shape in shapes.items()}, tmp_path / "f.safetensors")
+    adapters = read_adapter_for(pipe, tmp_path / "f.safetensors")
+    with pytest.raises(ValueError, match=r"no decompose_factor that splits every layer .*--method lora --rank N"):
+        save_adapter(tmp_path / "out", adapters, {}, "peft", Names.of_pipeline(pipe))
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_peft_report_what_has_no_layer(pipe, files):
+    _, (folder, *_) = files
+    tensors = load_file(folder / "unet" / "adapter_model.safetensors")
+    save_file(
+        tensors | {"base_model.model.nowhere.lora_A.weight": torch.ones(2, 2)},
+        folder / "unet" / "adapter_model.safetensors",
+    )
+    with pytest.raises(ValueError, match=r"no place for \['nowhere.lora_A.weight'\]"):
+        load_adapter(pipe, folder)
+    assert load_adapter(pipe, folder, strict=False).unmatched == {"unet.nowhere.lora_A.weight": "no layer for it"}
+    detach(pipe)
