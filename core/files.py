@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from .atomic import atomic
 from .config import PEFT_FILE_VERSION, PeftConfig
 from .errors import AdapterFileError
-from .header import check_file, damaged, read_header
+from .fields import misfits
+from .header import MAX_HEADER, check_file, damaged, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -138,9 +139,12 @@ def read_config(source: str | Path, cls: type[PeftConfig] = PeftConfig, **where:
     path = find_file(source, CONFIG_NAME, **where)
     values = read_json(path)
     try:
-        return cls.from_dict(values)
-    except (ValueError, TypeError, AttributeError) as error:  # the latter for a list where a number belongs
+        config = cls.from_dict(values)
+    except (ValueError, TypeError, AttributeError) as error:  # the latter two for a list where a number belongs
         raise AdapterFileError(f"{path}: {error}") from error
+    for misfit in misfits(config):
+        raise AdapterFileError(f"{path}: {misfit}")
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -150,6 +154,8 @@ def read_json(path: Path) -> dict[str, Any]:
         AdapterFileError: it is missing or holds something else.
     """
     check_file(path)
+    if path.stat().st_size > MAX_HEADER:
+        raise AdapterFileError(f"{path} is larger than the {MAX_HEADER} bytes that are accepted of a config")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, numbers or nesting beyond reason
