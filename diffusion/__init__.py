@@ -11,11 +11,13 @@ from ..lazy import face
 
 if TYPE_CHECKING:
     from .config import AdapterOptions, ConfigError, DreamBoothConfig
+    from .convert import ConvertConfig, convert_adapter
     from .data import DataError
     from .dreambooth import DreamBooth
     from .events import Checkpoint, Done, Event, Notice, Plan, Progress, ProgressBar, Sample, Step, Stopped
     from .families import family_of, load_pipeline
     from .grid import contact_sheet
+    from .inspect import inspect_adapter
     from .pipeline import (
         LoadReport,
         adapted_models,
@@ -33,6 +35,7 @@ _HOME = {
     "AdapterOptions": "config",
     "Checkpoint": "events",
     "ConfigError": "config",
+    "ConvertConfig": "convert",
     "DataError": "data",
     "Done": "events",
     "DreamBooth": "dreambooth",
@@ -48,9 +51,11 @@ _HOME = {
     "TrainingError": "trainer",
     "adapted_models": "pipeline",
     "contact_sheet": "grid",
+    "convert_adapter": "convert",
     "detach": "pipeline",
     "family_of": "families",
     "generate_each": "sample",
+    "inspect_adapter": "inspect",
     "LoadReport": "pipeline",
     "load_adapter": "pipeline",
     "load_pipeline": "families",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .dialects.canonical import Canonical, Layer
+    from .dialects.names import Names
     from .to_lora import Truncated
 
 
@@ -99,36 +100,38 @@ def convert_adapter(config: ConvertConfig) -> Conversion:
     Raises:
         ValueError: the source is damaged, or not for the model; the target cannot express it, or is there already.
     """
-    check_target(config.out, config.to, config.overwrite)
-    base = None if config.base is None else BaseModel(config.base)
-    source = _the_one_at(config.source)
-    found = look_into(source, base and base.names)
-
     from .dialects.reading import read
     from .dialects.writing import write
 
+    out = Path(config.out)
+    check_target(out, config.to, config.overwrite)
+    base = None if config.base is None else BaseModel(config.base)
+    source = _the_one_at(Path(config.source))
+    found = look_into(source, base and base.names)
     adapter = read(source, found.names, config.strict)
-    notes = [*found.plan.notes, *_left_out(adapter.unmatched, "keys")]
-    error = None
+    notes, error = [*found.plan.notes, *_left_out(adapter.unmatched, "keys")], None
     if config.method == "lora":
-        from .to_lora import Limits, to_lora
-
-        limits = Limits(config.rank, config.tolerance)
-        made = to_lora(adapter, found.names, limits, base and base.weights, config.strict)
-        notes += [
-            *_how_near(made),
-            *_left_out({".".join(place): why for place, why in made.left_out.items()}, "layers"),
-        ]
-        adapter, error = made.adapter, made.error
-    notes += _scales(adapter, config.to)
-    if not adapter.layers():
-        raise ValueError(f"{config.source}: nothing is left to write")
+        adapter, error = _as_lora(adapter, found.names, base, config, notes)
+    layers = len(adapter.layers())
+    if not layers:
+        raise ValueError(f"{source}: nothing is left to write")
     if config.to == "peft":
-        _check_no_mixture(config.out, adapter.components)
-    write(config.out, _cast(adapter, config.dtype), config.to, found.names)
-    return Conversion(
-        config.out, found.plan.dialect.title, config.to, found.names.family, len(adapter.layers()), tuple(notes), error
-    )
+        _check_no_mixture(out, adapter.components)
+    write(out, _cast(adapter, config.dtype), config.to, found.names)
+    notes += _scales(adapter, config.to)
+    return Conversion(out, found.plan.dialect.title, config.to, found.names.family, layers, tuple(notes), error)
+
+
+def _as_lora(
+    adapter: Canonical, names: Names, base: BaseModel | None, config: ConvertConfig, notes: list[str]
+) -> tuple[Canonical, float]:
+    """The adapter as a LoRA, and its relative error; what is to be said of it joins `notes`."""
+    from .to_lora import Limits, to_lora
+
+    made = to_lora(adapter, names, Limits(config.rank, config.tolerance), base and base.weights, config.strict)
+    notes += _how_near(made)
+    notes += _left_out({".".join(place): why for place, why in made.left_out.items()}, "layers")
+    return made.adapter, made.error
 
 
 def _the_one_at(path: Path) -> Path:

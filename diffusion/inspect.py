@@ -137,7 +137,7 @@ def adapters_at(path: Path) -> list[Path]:
     return found
 
 
-def inspect_adapter(path: Path, names: Names | None = None) -> Report:
+def inspect_adapter(path: str | Path, names: Names | None = None) -> Report:
     """What one file or PEFT directory holds.
 
     Arguments:
@@ -146,6 +146,7 @@ def inspect_adapter(path: Path, names: Names | None = None) -> Report:
     Raises:
         ValueError: it is damaged, or no adapter of a known dialect.
     """
+    path = Path(path)
     header, meant, fitted = look_into(path, names)
     return Report(
         str(path),
