@@ -2,7 +2,8 @@
 come together again.
 
 Rows of a product are the product of the left factor's rows, so LoRA, LoHa, GLoRA and full differences split exactly.
-A Kronecker product splits where a share holds whole blocks of the right factor; else it is multiplied out.
+A Kronecker product splits where a share holds whole blocks of the right factor. Else it becomes a LoRA, its rank the
+columns of the left factor times the rank of the right, or is multiplied out where that is no larger.
 """
 
 from __future__ import annotations
@@ -62,9 +63,17 @@ def _split_lokr(layer: Layer, rows: Rows) -> Layer:
     if "lora_magnitude_vector" in factors:
         raise ValueError("a LoKr with magnitudes (DoRA) on a fused layer does not split where its blocks do not end")
     row = torch.cat([torch.arange(*share) for share in rows])
-    right = right_factor(factors).flatten(1)
-    picked = wide(left)[row // height, :, None] * wide(right)[row % height, None, :]  # row i of kron(C, D)
-    return Layer("full", {"diff": picked.flatten(1)}, layer.scale)
+
+    def picked(right: Tensor) -> Tensor:
+        """Rows of kron(C, right): row i is row i // b of C by row i % b of the right factor."""
+        return (wide(left)[row // height, :, None] * wide(right)[row % height, None, :]).flatten(1)
+
+    if "lokr_w2_b" in factors and "lokr_t2" not in factors:  # kron(C, P Q) = kron(C, P) kron(1, Q)
+        eye = torch.eye(left.shape[1])
+        down = torch.kron(eye, wide(factors["lokr_w2_b"]).flatten(1))
+        if down.shape[0] * (len(row) + down.shape[1]) < len(row) * down.shape[1]:
+            return Layer("lora", {"lora_A.weight": down, "lora_B.weight": picked(factors["lokr_w2_a"])}, layer.scale)
+    return Layer("full", {"diff": picked(right_factor(factors).flatten(1))}, layer.scale)
 
 
 _SPLIT: Mapping[str, Callable[[Layer, Rows], Layer]] = {

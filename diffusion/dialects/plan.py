@@ -46,13 +46,24 @@ def plan(header: Header, names: Names | None = None) -> Plan:
     modules, unmatched = _modules(header)
     names = names or guess(header, modules)
     entries: list[Entry] = []
+    taken: set[tuple[str, str]] = set()
     for module in modules.values():
         try:
-            entries += _entries(module, header, names)
+            own = _entries(module, header, names)
+            _check_free(own, taken)
+            entries += own
         except _NoPlaceError as reason:
             unmatched |= dict.fromkeys(module.keys.values(), str(reason))
     _add_near(unmatched, modules, names)
     return Plan(dialect, tuple(entries), unmatched, tuple(_notes(header, entries)), names.family)
+
+
+def _check_free(entries: list[Entry], taken: set[tuple[str, str]]) -> None:
+    """A layer that the file adapts twice, under two of its names, has no meaning."""
+    places = {(entry.component, entry.path) for entry in entries}
+    if twice := sorted(places & taken):
+        raise _NoPlaceError(f"another module of the file adapts {'.'.join(twice[0])} already")
+    taken |= places
 
 
 def guess(header: Header, modules: Mapping[str, _Module] | None = None) -> Names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +38,9 @@ def read(path: str | Path, names: Names | None = None, strict: bool = True) -> C
     except ValueError as error:
         raise AdapterFileError(f"{path}: {error}") from error
     check_matched(found, path, strict)
-    return Canonical(_layers(found, path), header.metadata, found.unmatched, found.notes)
+    layers = _layers(found, path)
+    notes = (*found.notes, *_multiplied_out(found, layers))
+    return Canonical(layers, header.metadata, found.unmatched, notes)
 
 
 def check_matched(found: Plan, path: Path, strict: bool, shown: int = 4) -> None:
@@ -62,6 +64,17 @@ def _layers(found: Plan, path: Path) -> dict[str, dict[str, Layer]]:
     for entry in found.entries:
         components.setdefault(entry.component, {})[entry.path] = _layer(entry, tensors, path)
     return components
+
+
+def _multiplied_out(found: Plan, components: Mapping[str, Mapping[str, Layer]]) -> Iterator[str]:
+    """A note on what fused LoKr layers cost."""
+    layers = [components[entry.component][entry.path] for entry in found.entries if entry.method == "lokr"]
+    sizes = [t.numel() * t.itemsize for layer in layers if layer.method == "full" for t in layer.factors.values()]
+    if sizes:
+        yield (
+            f"{len(sizes)} shares of fused LoKr layers cut through its blocks and were multiplied out, to "
+            f"{sum(sizes) / 1e9:.2g} GB: converting it to LoRA makes it small again"
+        )
 
 
 def _layer(entry: Entry, tensors: Mapping[str, Tensor], path: Path) -> Layer:

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...core import PeftConfig
 from ...core.adapter import wide
+from ...core.targets import matcher
 from ...core.tuners.layerwise import LayerwiseConfig
 from ..adapters import Adapters
 from .canonical import CONFIGS, Canonical, Layer, Shape
 from .fused import fuse
 from .methods import FORMS, config_scale, is_full_lokr, split_key
-from .names import Names, Place, Spelling, families, family_names
+from .names import Names, Place, Spelling, clip_path, families, family_names
 from .registry import DIALECTS
 
 Written = dict[str, Tensor]
@@ -69,22 +70,17 @@ def from_core(adapters: Adapters, metadata: Mapping[str, str] | None = None) -> 
     """
     components: dict[str, dict[str, Layer]] = {}
     for component, (config, tensors) in adapters.items():
+        layered = config.layers if isinstance(config, LayerwiseConfig) else {}
+        values = {id(c): c.to_dict() for c in layered.values() or [config]}
         by_path: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             path, _, factor = _slot(component, key)
             by_path.setdefault(path, {})[factor] = tensor
         components[component] = {
-            nested(path): _layer(config.layers[path] if isinstance(config, LayerwiseConfig) else config, path, factors)
+            clip_path(path, nested=True): _layer(values[id(layered.get(path, config))], path, factors)
             for path, factors in by_path.items()
         }
     return Canonical(components, metadata or {})
-
-
-def nested(path: str) -> str:
-    """The canonical path of a live one."""
-    from .names import clip_path
-
-    return clip_path(path, nested=True)
 
 
 def _slot(component: str, key: str) -> tuple[str, str, str]:
@@ -96,22 +92,20 @@ def _slot(component: str, key: str) -> tuple[str, str, str]:
     return found
 
 
-def _layer(config: PeftConfig, path: str, factors: dict[str, Tensor]) -> Layer:
+def _layer(config: Mapping[str, Any], path: str, factors: dict[str, Tensor]) -> Layer:
+    """A layer from its tensors, and from its config as plain values."""
     method = next(name for key in factors if (name := _method_of(key)))
     if method == "ia3":
-        from ...core.targets import matcher
-
-        if not matcher(getattr(config, "feedforward_modules", None))(path):
+        if not matcher(config.get("feedforward_modules"))(path):
             raise ValueError(f"{path}: an IA3 that scales the output, bias included, only PEFT's directories can hold")
         return Layer("ia3", {"ia3_in": factors["ia3_l"].flatten() - 1})
     if method == "full" and factors["diff"].ndim == 1:
         method, factors = "norm", {{"diff": "w_norm", "diff_b": "b_norm"}[key]: t for key, t in factors.items()}
-    if getattr(config, "dora_on_input", False):
+    if config.get("dora_on_input"):
         factors["dora_in"] = factors.pop("lora_magnitude_vector")
-    if method == "oft" and getattr(config, "constraint", 0):
-        factors["constraint"] = torch.tensor(float(config.constraint))  # type: ignore[attr-defined]
-    values = config.to_dict()
-    scale = values["scale"] if "scale" in values else config_scale(values, path, None)
+    if config.get("constraint"):
+        factors["constraint"] = torch.tensor(float(config["constraint"]))
+    scale = config["scale"] if "scale" in config else config_scale(config, path, None)
     return Layer(method, factors, 1.0 if scale is None else float(scale))
 
 

@@ -236,6 +236,15 @@ def test_no_name_means_two_modules(family):
         assert all(one[1] == two[0] for one, two in itertools.pairwise(rows)), name
 
 
+def test_a_layer_that_is_adapted_twice_has_no_meaning():
+    shape, names = (640, 640), ("lora_unet_input_blocks_4_1_proj_in", "lora_unet_down_blocks_1_attentions_0_proj_in")
+    found = plan(Header(pair(f"{names[0]}.lora_down.weight", shape) | pair(f"{names[1]}.lora_down.weight", shape)))
+    assert len(found.entries) == 1
+    assert set(found.unmatched.values()) == {
+        "another module of the file adapts unet.down_blocks.1.attentions.0.proj_in already"
+    }
+
+
 def test_what_has_no_place_is_named_with_near_misses(tmp_path):
     good, bad = ("lora_unet_mid_block_attentions_0_proj_in", "lora_unet_mid_block_attentions_0_proj_inn")
     tensors = {
@@ -269,6 +278,7 @@ FUSED_METHODS = {
     "loha": (loha.LohaModule, {}),
     "lokr": (lokr.LokrModule, {"lora_dim": 1}),
     "lokr-whole-blocks": (lokr.LokrModule, {"lora_dim": 1, "factor": 8}),
+    "lokr-low": (lokr.LokrModule, {"lora_dim": 1, "factor": 2}),
     "lokr-full": (lokr.LokrModule, {"lora_dim": 99, "factor": 3}),
     "full": (full.FullModule, {}),
     "glora": (glora.GLoRAModule, {}),
@@ -302,11 +312,17 @@ def outputs(name: str, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([denoiser_of("flux").get_submodule(path)(x) for path in FUSED[name]], -1)
 
 
+DENSE = {"lokr-full"}
+"""Where a share cuts through the blocks of a right factor that is full."""
+
+
+@pytest.mark.filterwarnings("ignore:.*multiplied out:veneer.core.PeftWarning")
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("method", FUSED_METHODS)
 def test_fused_layers_split_exactly(method, name, flux, tmp_path):
     x, theirs = fused_file(method, name, tmp_path / "file.safetensors")
-    load_adapter(flux, tmp_path / "file.safetensors")
+    report = load_adapter(flux, tmp_path / "file.safetensors")
+    assert any("multiplied out" in note for note in report.notes) == (method in DENSE and "linear1" in name)
     torch.testing.assert_close(outputs(name, x), theirs, atol=5e-5, rtol=1e-4)
 
 
