@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 from . import __version__
+from .core.errors import one_line
 
 
 class Command(NamedTuple):
@@ -172,7 +173,7 @@ def _take_value(arguments: list[str], flag: str) -> str | None:
 
 def _one_line(error: Exception) -> str:
     """An error as one line; a bare `KeyError('x')` and its like say their class too."""
-    words = " ".join(str(error).split())
+    words = one_line(str(error))
     plain = isinstance(error, (UsageError, ValueError, OSError, RuntimeError)) and words
     return words if plain else f"{type(error).__name__}: {words}"
 

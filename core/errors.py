@@ -32,3 +32,8 @@ class AdapterFileError(PeftError, ValueError):
 
 class PeftWarning(UserWarning):
     """Something that works, but probably not as the caller meant."""
+
+
+def one_line(text: str) -> str:
+    """A text for a terminal's line: files must not move its cursor or worse by what they call their tensors."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))

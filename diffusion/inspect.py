@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from tyro.conf import Positional
 
-from ..core.errors import AdapterFileError
+from ..core.errors import AdapterFileError, one_line
 from ..core.files import WEIGHTS_NAME
 from .base import BaseModel
 from .dialects.architectures import Table
@@ -264,10 +264,13 @@ def _full_rank(entry: Entry, header: Header) -> int:
 
 
 def _maybe_json(text: str) -> Any:
+    """What a JSON text holds, if it is one that can be written again: not NaN, not 1e999."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
         return text
+    return value
 
 
 # ---------------------------------------------------------------- for people
@@ -308,7 +311,5 @@ def _several(values: Iterable[float]) -> str:
 
 
 def _short(value: Any, width: int = 160) -> str:
-    """One line, without the control characters by which a file could play tricks on a terminal."""
-    text = " ".join(value.split()) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    text = one_line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     return text if len(text) <= width else f"{text[: width - 1]}…"

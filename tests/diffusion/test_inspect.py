@@ -246,13 +246,22 @@ def test_poisoned_alphas_of_full_lokr_mean_nothing(tmp_path, alpha):
     json.loads(json.dumps(report.parts[0].scales), parse_constant=pytest.fail)
 
 
-def test_metadata_cannot_write_to_the_terminal(tmp_path, capsys):
+def test_files_cannot_write_to_the_terminal(tmp_path, capsys):
     tricky = {"title": "x\x1b]0;owned\x07\x1b[2J", "\x1b[31mkey": "{" * 3000, "deep": "[" * 100_000}
-    cli.main(["inspect", str(filed(tmp_path / "x.safetensors", FILES["diffusers"][0], tricky))])
-    out = capsys.readouterr().out
-    assert "\x1b" not in out
-    assert "\x07" not in out
-    assert max(map(len, out.splitlines())) < 260
+    file = filed(tmp_path / "x.safetensors", FILES["diffusers"][0] | {"\x1b[2Jodd": (1,)}, tricky)
+    with pytest.raises(SystemExit):
+        cli.main(["inspect", str(file)])
+    said = capsys.readouterr()
+    assert "odd: no adapter's tensor ends so" in said.err
+    assert not {"\x1b", "\x07"} & set(said.out + said.err)
+    assert max(map(len, said.out.splitlines())) < 260
+
+
+def test_json_is_json_whatever_the_metadata_say(tmp_path, capsys):
+    odd = {"a": "NaN", "b": "1e999", "c": '{"d": Infinity}', "e": "[1, 2]"}
+    cli.main(["inspect", "--json", str(filed(tmp_path / "x.safetensors", FILES["diffusers"][0], odd))])
+    (report,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert report["metadata"] == odd | {"e": [1, 2]}
 
 
 # ---------------------------------------------------------------- who reads it
