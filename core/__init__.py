@@ -39,7 +39,11 @@ if TYPE_CHECKING:
     )
     from .sites import Site
     from .status import BaseTunerLayer, LoraLayer, ModulesToSaveWrapper, get_layer_status, get_model_status
+    from .tuners.diag_oft import DiagOFTConfig
+    from .tuners.full import FullConfig
+    from .tuners.glora import GLoraConfig
     from .tuners.ia3 import IA3Config
+    from .tuners.layerwise import LayerwiseConfig
     from .tuners.loha import LoHaConfig
     from .tuners.lokr import LoKrConfig
     from .tuners.lora import LoraConfig
@@ -55,9 +59,13 @@ _HOME = {
     "BaseTunerLayer": "status",
     "Branch": "adapter",
     "Dense": "adapter",
+    "DiagOFTConfig": "tuners.diag_oft",
     "Factored": "adapter",
     "Folded": "adapter",
+    "FullConfig": "tuners.full",
+    "GLoraConfig": "tuners.glora",
     "IA3Config": "tuners.ia3",
+    "LayerwiseConfig": "tuners.layerwise",
     "LoHaConfig": "tuners.loha",
     "LoKrConfig": "tuners.lokr",
     "LoadResult": "assign",

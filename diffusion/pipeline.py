@@ -98,6 +98,8 @@ def _locate(path: str | Path, revision: str | None) -> Path:
     local = Path(path).expanduser()
     if not local.exists():
         local = _download(str(path), revision)
+    if local.name == WEIGHTS_NAME and is_peft_dir(local.parent):
+        return local.parent
     if local.is_file() or is_peft_dir(local):
         return local
     if (local / FILE_NAME).is_file():

@@ -17,6 +17,8 @@ from .registry import detect
 
 NEAR_SHOWN = 3
 """Modules without a place for which similar names are looked up: it takes tens of milliseconds each."""
+_STRAY = {"bundle_emb": "a textual inversion that OneTrainer bundles with its LoRA, no part of the adapter"}
+"""What keys of no adapter are, by their first word."""
 
 
 @dataclass
@@ -87,7 +89,7 @@ def _modules(header: Header) -> tuple[dict[str, _Module], dict[str, str]]:
     for key in header.shapes:
         found = split_key(key)
         if found is None:
-            stray[key] = "no adapter's tensor ends so"
+            stray[key] = _STRAY.get(key.partition(".")[0], "no adapter's tensor ends so")
             continue
         name, method, factor = found
         module = modules.setdefault(name, _Module(name))

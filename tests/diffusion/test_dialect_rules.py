@@ -236,6 +236,15 @@ def test_no_name_means_two_modules(family):
         assert all(one[1] == two[0] for one, two in itertools.pairwise(rows)), name
 
 
+def test_embeddings_bundled_by_onetrainer_are_named():
+    key = "bundle_emb.sks.string_to_param.*"
+    found = plan(
+        Header(pair("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight", (1280, 1280, 1, 1)) | {key: (2, 768)})
+    )
+    assert len(found.entries) == 1
+    assert "textual inversion" in found.unmatched[key]
+
+
 def test_a_layer_that_is_adapted_twice_has_no_meaning():
     shape, names = (640, 640), ("lora_unet_input_blocks_4_1_proj_in", "lora_unet_down_blocks_1_attentions_0_proj_in")
     found = plan(Header(pair(f"{names[0]}.lora_down.weight", shape) | pair(f"{names[1]}.lora_down.weight", shape)))

@@ -59,7 +59,7 @@ def test_three_dialects_blend_into_the_exact_sum(pipe, files):
 def test_what_is_read_is_saved_as_folders_of_peft(pipe, files, tmp_path):
     deltas, (_, _, kohya) = files
     save_adapter(tmp_path / "again", read_adapter_for(pipe, kohya), {"trigger": "sks"}, names=Names.of_pipeline(pipe))
-    load_adapter(pipe, tmp_path / "again" / "unet", "again")
+    load_adapter(pipe, tmp_path / "again" / "unet" / "adapter_model.safetensors", "again")
     try:
         delta = pipe.unet.get_submodule(LAYER).get_delta_weight("again")
         torch.testing.assert_close(delta, deltas["loha"], atol=1e-5, rtol=1e-4)
