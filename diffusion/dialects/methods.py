@@ -16,6 +16,7 @@ Sources: LyCORIS 3.3, kohya's sd-scripts, ComfyUI's `comfy/weight_adapter`, PEFT
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite, prod, sqrt
@@ -236,10 +237,16 @@ def config_scale(config: Mapping[str, Any], path: str, rank: int | None) -> floa
     """The scale that a PEFT config gives the module at `path`, or None if it says nothing.
 
     `rank` is that of the tensors; PEFT takes the config's own, which differs only for a LoKr of two full factors.
+
+    Raises:
+        ValueError: its alpha or rank is no number, or a pattern no regular expression.
     """
     alpha = config.get("lora_alpha", config.get("alpha"))
-    alpha = lookup(config.get("alpha_pattern") or {}, path, alpha)
-    rank = rank or lookup(config.get("rank_pattern") or {}, path, config.get("r"))
-    if alpha is None or not rank:
-        return None
-    return float(alpha) / (sqrt(rank) if config.get("use_rslora") else rank)
+    try:
+        alpha = lookup(config.get("alpha_pattern") or {}, path, alpha)
+        rank = rank or lookup(config.get("rank_pattern") or {}, path, config.get("r"))
+        if alpha is None or not rank:
+            return None
+        return float(alpha) / (sqrt(rank) if config.get("use_rslora") else rank)
+    except (TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
+        raise ValueError(f"its config does not say a scale: {error}") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from math import prod
+from math import isfinite, prod
 
 from .canonical import Entry, Header, Plan, Shape
 from .methods import FORMS, POISON, config_scale, is_full_lokr, ranks_of, scale_of, split_key
@@ -154,14 +154,15 @@ def _entry(
 ) -> Entry:
     alpha, scalar = (_number(module.keys.get(name), header) for name in ("alpha", "scalar"))
     rank = FORMS[method].rank(shapes)
-    scale = config_scale(header.configs.get(place.component, {}), place.path, rank) if alpha is None else None
-    if scale is None:
-        try:
-            scale = scale_of(method, shapes, alpha)
-        except ValueError as error:
-            raise _NoPlaceError(str(error)) from None
-    magnitude = next((name for name in ("lora_magnitude_vector", "dora_in") if name in keys), None)
+    try:
+        scale = config_scale(header.configs.get(place.component, {}), place.path, rank) if alpha is None else None
+        scale = scale_of(method, shapes, alpha) if scale is None else scale
+    except ValueError as error:
+        raise _NoPlaceError(str(error)) from None
     scale *= 1.0 if scalar is None else scalar
+    if not isfinite(scale):
+        raise _NoPlaceError(f"a scale of {scale:g} is none")
+    magnitude = next((name for name in ("lora_magnitude_vector", "dora_in") if name in keys), None)
     return Entry(place.component, place.path, method, keys, scale, rank, place.rows, magnitude, alpha)
 
 

@@ -157,6 +157,29 @@ TENSORS = {
 }  # fmt: skip
 
 
+def configured(**values: object) -> bytes:
+    """The whole file with a config in its metadata, as diffusers writes one."""
+    flat = {f"unet.{name}": value for name, value in {"r": 4, "lora_alpha": 4, **values}.items()}
+    return save(lora(), {"lora_adapter_metadata": json.dumps(flat)})
+
+
+CONFIGS = {
+    "an alpha in words": (configured(lora_alpha="four"), "does not say a scale: .*'four'"),
+    "an alpha as a list": (configured(lora_alpha=[4]), "does not say a scale: .*'list'"),
+    "an alpha of 1e999": (configured(lora_alpha=1e999), "a scale of inf is none"),
+    "a pattern of no regex": (configured(alpha_pattern={"(": 4}), "does not say a scale: missing \\)"),
+    "patterns as a list": (configured(alpha_pattern=[4]), "does not say a scale: 'list' object"),
+    "a scalar of NaN": (
+        save(
+            kohya(
+                lora_down_weight=torch.ones(4, 160), lora_up_weight=torch.ones(160, 4), scalar=torch.tensor(torch.nan)
+            )
+        ),
+        "NaN or infinity in .*scalar|a scale of nan is none",
+    ),
+}
+
+
 def bare(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
