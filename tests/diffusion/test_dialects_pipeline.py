@@ -109,7 +109,7 @@ def test_a_file_for_another_family_changes_nothing(pipe, tmp_path):
     assert before == {name: id(module) for name, module in pipe.unet.named_modules()}
 
 
-@pytest.mark.parametrize("factor", [-1, 2, 4, 8, 80])
+@pytest.mark.parametrize("factor", [-1, 4, 80])
 def test_either_split_of_a_lokr_survives(factor, pipe, tmp_path):
     """ "swaps so m <= n" in LyCORIS; PEFT "keeps (factor, n)": a left factor of any shape is read as it is."""
     model = AdaptedModel(pipe.unet)
