@@ -5,17 +5,30 @@ The names below load on first use: importing this package imports no model libra
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import face
 
 if TYPE_CHECKING:
     from .config import AdapterOptions, ConfigError, DreamBoothConfig
+    from .convert import ConvertConfig, convert_adapter
     from .data import DataError
     from .dreambooth import DreamBooth
     from .events import Checkpoint, Done, Event, Notice, Plan, Progress, ProgressBar, Sample, Step, Stopped
     from .families import family_of, load_pipeline
     from .grid import contact_sheet
-    from .pipeline import adapted_models, detach, load_adapter, merge, read_adapter, remove_adapter, set_weights
+    from .inspect import inspect_adapter
+    from .pipeline import (
+        LoadReport,
+        adapted_models,
+        detach,
+        load_adapter,
+        merge,
+        read_adapter,
+        remove_adapter,
+        save_adapter,
+        set_weights,
+    )
     from .sample import generate_each
     from .trainer import TrainingError
 
@@ -23,6 +36,7 @@ _HOME = {
     "AdapterOptions": "config",
     "Checkpoint": "events",
     "ConfigError": "config",
+    "ConvertConfig": "convert",
     "DataError": "data",
     "Done": "events",
     "DreamBooth": "dreambooth",
@@ -38,27 +52,21 @@ _HOME = {
     "TrainingError": "trainer",
     "adapted_models": "pipeline",
     "contact_sheet": "grid",
+    "convert_adapter": "convert",
     "detach": "pipeline",
     "family_of": "families",
     "generate_each": "sample",
+    "inspect_adapter": "inspect",
+    "LoadReport": "pipeline",
     "load_adapter": "pipeline",
     "load_pipeline": "families",
     "merge": "pipeline",
     "read_adapter": "pipeline",
     "remove_adapter": "pipeline",
+    "save_adapter": "pipeline",
     "set_weights": "pipeline",
 }
 
 __all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value  # the next look-up does not come here
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = face(__name__, _HOME)

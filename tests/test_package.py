@@ -29,7 +29,11 @@ def test_packages_in_pyproject_are_the_folders_with_code():
     assert sorted(PYPROJECT["tool"]["setuptools"]["packages"]) == sorted(found)
 
 
-@pytest.mark.parametrize("arguments", [["-c", "import veneer"], ["-m", "veneer.cli", "--help"]], ids=["import", "help"])
+@pytest.mark.parametrize(
+    "arguments",
+    [["-c", "import veneer"], ["-c", "import veneer.core.files"], ["-m", "veneer.cli", "--help"]],
+    ids=["import", "files", "help"],
+)
 def test_import_and_help_load_no_model_library(arguments):
     """`-X importtime` names every module that the child process imports, on stderr."""
     command = [sys.executable, "-X", "importtime", *arguments]
@@ -45,12 +49,15 @@ def test_every_public_name_imports(name):
     assert name in dir(veneer)
 
 
-def test_type_checkers_see_the_names_that_python_sees():
-    tree = ast.parse((ROOT / "__init__.py").read_text())
+@pytest.mark.parametrize("folder", ["", "core", "diffusion"])
+def test_type_checkers_see_the_names_that_python_sees(folder):
+    tree = ast.parse((ROOT / folder / "__init__.py").read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     seen = {alias.name: node.module or alias.name for node in imports for alias in node.names}
-    assert seen == veneer._HOME
+    face = import_module(f"veneer.{folder}".rstrip("."))
+    assert seen == face._HOME
+    assert all(getattr(face, name) is not None for name in face._HOME)
 
 
 def test_names_of_the_core_are_public_there():

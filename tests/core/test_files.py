@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 import huggingface_hub
@@ -14,7 +15,19 @@ import veneer
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from veneer import AdaptedModel, LoraConfig, PeftConfig, PeftModel, PeftWarning, get_peft_model
+from veneer import (
+    AdaptedModel,
+    AdapterFileError,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftModel,
+    PeftWarning,
+    get_peft_model,
+)
 from veneer.core import load_adapter, load_peft_weights, save_adapter
 from veneer.core.files import read_metadata
 
@@ -140,6 +153,13 @@ def test_a_truncated_weights_file_is_named(saved, share):
         (b"[1, 2]", "does not hold a JSON object"),
         (b"{}", "peft_type=None is no method"),
         (b'{"peft_type": "ADALORA"}', "peft_type='ADALORA' is no method of this release"),
+        (b'{"peft_type": "LORA", "r": "four"}', "adapter_config.json: .*not supported between"),
+        (b'{"peft_type": "LORA", "r": [4]}', "adapter_config.json: .*not supported between"),
+        (b'{"peft_type": "LORA", "lora_alpha": "four"}', "`lora_alpha` should be a number but .* is 'four'"),
+        (b'{"peft_type": "LORA", "alpha_pattern": {"x": null}}', "`lora_alpha` should be a number but .* is None"),
+        (b'{"peft_type": "LORA", "rank_pattern": [4]}', "adapter_config.json: 'list' object has no attribute"),
+        (b'{"peft_type": "LORA", "r": ' + b"9" * 5000 + b"}", "is not a JSON file"),
+        (b'{"peft_type": ' + b"[" * 100_000 + b"}", "is not a JSON file"),
     ],
 )
 def test_a_damaged_config_is_named(saved, data, message):
@@ -188,6 +208,13 @@ READERS = {
     "PeftModel.from_pretrained": lambda d: PeftModel.from_pretrained(net(), d),
     "load_adapter": lambda d: adapted().load_adapter(d, "other"),
 }
+METHODS = (
+    lora(),
+    LoHaConfig(r=2, target_modules=["0"]),
+    LoKrConfig(r=2, target_modules=["0"]),
+    OFTConfig(oft_block_size=2, target_modules=["0"]),
+    IA3Config(target_modules=["0"], feedforward_modules=[]),
+)
 every_reader = pytest.mark.parametrize("read", READERS.values(), ids=READERS.keys())
 
 
@@ -234,6 +261,42 @@ def test_bad_values_are_refused_alike_in_code_and_in_files(saved, changes, messa
         lora(**changes)
     change_config(saved, **changes)
     with pytest.raises(ValueError, match=message):
+        PeftConfig.from_pretrained(saved)
+
+
+ODD_VALUES = (
+    None, "x", "", "(", -1, 0, 3, 0.5, 1e308, True, [], ["x"], [1], [None], [[1]], {}, {"a": "b"}, {"a": 1}, {"(": 1},
+    {"a": None},
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("config", METHODS, ids=[type(c).__name__ for c in METHODS])
+def test_values_of_any_type_load_or_are_refused_by_one_error(tmp_path, config):
+    get_peft_model(net(), config).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / CONFIG).read_text())
+    for name in sorted(values):
+        for odd in ODD_VALUES:
+            (tmp_path / CONFIG).write_text(json.dumps(values | {name: odd}))
+            with suppress(ValueError):
+                PeftModel.from_pretrained(net(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 0.5}, "r=0.5 is no int"),
+        ({"r": True}, "r=True is no int"),
+        ({"target_modules": 3}, r"target_modules=3 is no list\[str\] \| set\[str\] \| str \| None"),
+        ({"target_modules": "("}, r"target_modules: '\(' is no regular expression: missing \)"),
+        ({"modules_to_save": [1]}, r"modules_to_save=\[1\] is no list\[str\]"),
+        ({"rank_pattern": {"(": 4}}, r"rank_pattern: '\(' is no regular expression"),
+        ({"use_rslora": "yes"}, "use_rslora='yes' is no bool"),
+    ],
+)
+def test_values_of_a_wrong_type_are_named_with_the_file(saved, changes, message):
+    change_config(saved, **changes)
+    with pytest.raises(AdapterFileError, match=rf"adapter_config\.json: {message}"):
         PeftConfig.from_pretrained(saved)
 
 

@@ -12,7 +12,7 @@ from veneer import LoKrConfig, LoraConfig, OFTConfig, cli
 from veneer.core import AdaptedModel, combination_types
 from veneer.diffusion.blend import CombineOptions
 from veneer.diffusion.families import load_pipeline
-from veneer.diffusion.inspect import inspect_path
+from veneer.diffusion.inspect import adapters_at, inspect_adapter
 from veneer.diffusion.pipeline import adapter_metadata, read_adapter, save_adapter
 
 TRIGGERS = {"told": "a sks cat", "told-too": "zwx style"}
@@ -118,7 +118,7 @@ def test_other_combinations(adapters, tmp_path, kind):
     out = tmp_path / "blend"
     same_rank = f"{adapters}/both", f"{adapters}/both=0.5"
     run("blend", "--adapters", *same_rank, "--out", out, "--combination-type", *options, *FAST)
-    for report in inspect_path(out):
+    for report in map(inspect_adapter, adapters_at(out)):
         assert all(part.ranks == [2] for part in report.parts)
 
 
@@ -156,7 +156,7 @@ def test_weights_by_block(adapters, tmp_path):
 
 def test_the_recipe_is_kept(adapters, tmp_path):
     run("blend", "--adapters", f"{adapters}/both=0.5", f"{adapters}/unet", "--out", tmp_path / "blend", *FAST)
-    for report in inspect_path(tmp_path / "blend"):
+    for report in map(inspect_adapter, adapters_at(tmp_path / "blend")):
         made = yaml.safe_load(report.metadata["recipe"])
         assert made == {"blend": {"both": 0.5, "unet": 1.0}, "combination_type": "cat"}
         assert report.metadata["base_model"] == "embedded"
