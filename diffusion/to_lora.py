@@ -127,11 +127,11 @@ def _layer(layer: Layer, place: Place, shape: Shape, limits: Limits, base: Base 
 
 def built(layer: Layer, path: str, shape: Shape) -> Adapter:
     """The core's adapter for a layer whose weight has `shape`; the weight itself is not needed."""
-    ones = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     if len(shape) == 2:
         module: nn.Module = nn.Linear(shape[1], shape[0], device="meta")
     else:
-        module = ones[len(shape) - 3](shape[1], shape[0], shape[2:], device="meta")  # type: ignore[arg-type]
+        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(shape) - 3]
+        module = convolution(shape[1], shape[0], shape[2:], device="meta")  # type: ignore[arg-type]
     site = find(type(module))
     assert site is not None
     config, tensors = formed(layer, path, shape)

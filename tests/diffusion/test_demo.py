@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 from veneer import cli
-from veneer.diffusion import demo
-from veneer.diffusion.inspect import inspect_path
+from veneer.diffusion import demo, inspect_adapter
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +29,9 @@ def test_the_story_is_told(method, tmp_path, capsys):
         with Image.open(tmp_path / f"{name}.png") as sheet:
             assert sheet.width > 2 * 112
 
-    learnt = [part for name in ("robot", "ink") for report in inspect_path(tmp_path / name) for part in report.parts]
+    learnt = [part for name in ("robot", "ink") for part in inspect_adapter(tmp_path / name).parts]
     assert {part.method.lower() for part in learnt} == {method}
-    blended = {part.component: part.method for report in inspect_path(tmp_path / "ink-robot") for part in report.parts}
+    blended = {part.component: part.method for part in inspect_adapter(tmp_path / "ink-robot").parts}
     assert blended == {"unet": "LoRA", "text_encoder": "LoRA"}
     assert re.findall(r"--adapters (\S+)", said) == [str(tmp_path / "ink-robot")]
 
