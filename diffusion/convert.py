@@ -33,7 +33,7 @@ class ConvertConfig:
       veneer convert ink.safetensors ink-for-comfy.safetensors --to comfy
       veneer convert runs/robot robot.safetensors --to kohya --dtype float16
       veneer convert lokr.safetensors lora.safetensors --to diffusers --method lora --rank 32
-      veneer convert dora.safetensors lora.safetensors --to kohya --method lora --tolerance 0.05 --base models/sd15
+      veneer convert dora.safetensors lora.safetensors --to kohya --method lora --max-error 0.05 --base models/sd15
     """
 
     source: Positional[Path]
@@ -44,10 +44,10 @@ class ConvertConfig:
     """Whose dialect to write: peft for PEFT and Veneer; diffusers for `load_lora_weights`; kohya for sd-scripts,
     LyCORIS, A1111's webui and most others; comfy for ComfyUI, which reads kohya's too."""
     method: Literal["lora"] | None = None
-    """Turn every layer into the nearest LoRA, for programs that know no other method. Needs rank or tolerance."""
+    """Turn every layer into the nearest LoRA, for programs that know no other method. Needs rank or max_error."""
     rank: int | None = None
     """Largest rank of the LoRA."""
-    tolerance: float | None = None
+    max_error: float | None = None
     """Relative error that each layer of the LoRA may have: the lowest rank that keeps to it is taken. 0.05 is 5
     percent."""
     base: str | None = None
@@ -62,11 +62,11 @@ class ConvertConfig:
     """Replace what is at `out` already."""
 
     def __post_init__(self) -> None:
-        limits = [name for name in ("rank", "tolerance") if getattr(self, name) is not None]
+        limits = [name for name in ("rank", "max_error") if getattr(self, name) is not None]
         if limits and self.method is None:
             raise ConfigError(f"{limits[0]} belongs to --method lora, which is not given")
         if self.method == "lora" and not limits:
-            raise ConfigError("--method lora needs --rank N or --tolerance E: how much of each layer to keep")
+            raise ConfigError("--method lora needs --rank N or --max-error E: how much of each layer to keep")
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,10 @@ def _as_lora(
     adapter: Canonical, names: Names, base: BaseModel | None, config: ConvertConfig, notes: list[str]
 ) -> tuple[Canonical, float]:
     """The adapter as a LoRA, and its relative error; what is to be said of it joins `notes`."""
-    from .to_lora import Limits, to_lora
+    from ..core.lowrank import Truncation
+    from .to_lora import to_lora
 
-    made = to_lora(adapter, names, Limits(config.rank, config.tolerance), base and base.weights, config.strict)
+    made = to_lora(adapter, names, Truncation(config.rank, config.max_error), base and base.weights, config.strict)
     notes += _how_near(made)
     notes += _left_out({".".join(place): why for place, why in made.left_out.items()}, "layers")
     return made.adapter, made.error

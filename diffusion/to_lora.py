@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..core import Adapter, Dense
 from ..core.adapter import wide
+from ..core.lowrank import Truncation, truncate, truncate_product
 from ..core.sites import find
 from .dialects.canonical import Canonical, Layer, Shape
 from .dialects.forms import formed
@@ -24,28 +25,6 @@ Place = tuple[str, str]
 """Component and module path."""
 Base = Callable[[str, str], tuple[Tensor, Tensor | None]]
 """(component, path) -> weight and bias of the base model; `base.BaseModel.weights` is one."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How far a matrix may be cut: a largest rank, a tolerated error, or both."""
-
-    rank: int | None = None
-    tolerance: float | None = None
-    """Relative error in the Frobenius norm: the lowest rank that keeps to it is taken. 0.1 is 10 percent."""
-
-    def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank={self.rank} is no rank: give 1 or more")
-        if self.tolerance is not None and not 0 <= self.tolerance < 1:
-            raise ValueError(f"tolerance={self.tolerance} is no relative error: give 0 or more, below 1")
-
-    def rank_of(self, missed: Tensor) -> int:
-        """The rank to keep, of a matrix that misses the norm `missed[r]` at rank r."""
-        rank = len(missed)
-        if self.tolerance is not None:
-            rank = int((missed > self.tolerance * missed[0]).sum())
-        return max(1, min(rank, self.rank or rank))
 
 
 @dataclass(frozen=True)
@@ -63,7 +42,7 @@ class Truncated:
 
 @torch.no_grad()
 def to_lora(
-    adapter: Canonical, names: Names, limits: Limits, base: Base | None = None, strict: bool = True
+    adapter: Canonical, names: Names, limits: Truncation, base: Base | None = None, strict: bool = True
 ) -> Truncated:
     """The nearest LoRA within `limits`, layer by layer.
 
@@ -71,6 +50,7 @@ def to_lora(
 
     Arguments:
         names: the modules of the model.
+        limits: a largest rank, a relative error to keep to, or both.
         base: its weights, for methods that need them.
         strict: False leaves out what no LoRA can express, such as changes of norms, rather than refuse.
 
@@ -100,7 +80,9 @@ class _NoLoraError(ValueError):
     """Why a layer cannot be written as a LoRA."""
 
 
-def _layer(layer: Layer, place: Place, shape: Shape, limits: Limits, base: Base | None) -> tuple[Layer, float, float]:
+def _layer(
+    layer: Layer, place: Place, shape: Shape, limits: Truncation, base: Base | None
+) -> tuple[Layer, float, float]:
     """The LoRA of one layer, the norm of what it misses, and of what it stands for."""
     if len(shape) < 2:
         raise _NoLoraError("a norm has no matrix that a LoRA could change")
@@ -110,19 +92,19 @@ def _layer(layer: Layer, place: Place, shape: Shape, limits: Limits, base: Base 
     factors = own.factors() if isinstance(own, Dense) else None
     if isinstance(own, Dense) and factors is not None:
         b, a = factors[0].flatten(1) * own.gain, factors[1].flatten(1)
-        if layer.method == "lora" and "lora_mid.weight" not in layer.factors and len(a) <= (limits.rank or len(a)):
+        if layer.method == "lora" and "lora_mid.weight" not in layer.factors and len(a) <= (limits.svd_rank or len(a)):
             return layer, 0.0, ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item()
         bias = _bias(layer)
     elif isinstance(own, Dense):
         b, a, bias = own.delta() * own.gain, None, _bias(layer)
     else:
         (b, bias), a = _difference(own, place, base), None
-    b, a, error, norm = truncated(b, a, limits)
+    low = truncate(b, limits) if a is None else truncate_product(b, a, limits)
     made = {
-        "lora_A.weight": a.reshape(len(a), *shape[1:]),
-        "lora_B.weight": b.reshape(len(b), -1, *[1] * len(shape[2:])),
+        "lora_A.weight": low.a.reshape(len(low.a), *shape[1:]),
+        "lora_B.weight": low.b.reshape(len(low.b), -1, *[1] * len(shape[2:])),
     }
-    return Layer("lora", made if bias is None else {**made, "lora_B.bias": bias}), error, norm
+    return Layer("lora", made if bias is None else {**made, "lora_B.bias": bias}), low.error, low.norm
 
 
 def built(layer: Layer, path: str, shape: Shape) -> Adapter:
@@ -158,17 +140,3 @@ def _difference(own: Adapter, place: Place, base: Base | None) -> tuple[Tensor, 
     if bias is None or changed_bias is None or torch.equal(bias, changed_bias):
         return changed - weight, None
     return changed - weight, changed_bias - bias
-
-
-def truncated(b: Tensor, a: Tensor | None, limits: Limits) -> tuple[Tensor, Tensor, float, float]:
-    """The best B (out, r) and A (r, cols) for ``b a``, or for the matrix b; the norm of what is missed, and of all."""
-    core = b
-    if a is not None:
-        (q_b, r_b), (q_a, r_a) = torch.linalg.qr(b), torch.linalg.qr(a.T)
-        core = r_b @ r_a.T
-    u, s, vh = torch.linalg.svd(core, full_matrices=False)
-    if a is not None:
-        u, vh = q_b @ u, vh @ q_a.T
-    missed = s.double().square().flip(0).cumsum(0).flip(0).sqrt()  # at rank 0, 1, ...
-    r = limits.rank_of(missed)
-    return u[:, :r] * s[:r], vh[:r], missed[r].item() if r < len(s) else 0.0, missed[0].item()

@@ -151,7 +151,7 @@ def test_weights_by_block(adapters, tmp_path):
         expected = share * delta(adapters / "both", "unet", module) - delta(adapters / "unet", "unet", module)
         torch.testing.assert_close(delta(out, "unet", module), expected, rtol=1e-4, atol=1e-5)
     assert {module.startswith("mid_block") for module in keys} == {True, False}
-    assert "mid_block" in inspect_path(out)[0].metadata["recipe"]
+    assert "mid_block" in inspect_adapter(adapters_at(out)[0]).metadata["recipe"]
 
 
 def test_the_recipe_is_kept(adapters, tmp_path):

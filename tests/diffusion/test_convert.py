@@ -140,7 +140,7 @@ def test_turning_into_lora_states_its_error(source):
     (before,), (after,) = effect(source).values(), effect(done.out).values()
     assert done.error == pytest.approx(((before - after).norm() / before.norm()).item(), abs=1e-4)
     assert f"as LoRA of rank 2, with a relative error of {done.error:.2%} in all" in done.notes[0]
-    close = convert_adapter(config(source, "kohya", method="lora", tolerance=0.1, overwrite=True))
+    close = convert_adapter(config(source, "kohya", method="lora", max_error=0.1, overwrite=True))
     assert close.error <= 0.1
 
 
@@ -201,8 +201,8 @@ def test_scales_are_spoken_of(source):
     ("options", "words"),
     [
         ({"rank": 4}, "rank belongs to --method lora"),
-        ({"tolerance": 0.1}, "tolerance belongs to --method lora"),
-        ({"method": "lora"}, "needs --rank N or --tolerance E"),
+        ({"max_error": 0.1}, "max_error belongs to --method lora"),
+        ({"method": "lora"}, "needs --rank N or --max-error E"),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path, options, words):

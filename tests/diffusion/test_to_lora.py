@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from veneer.core.lowrank import Truncation
 from veneer.diffusion.dialects.canonical import Canonical, Layer
 from veneer.diffusion.dialects.names import Names
-from veneer.diffusion.to_lora import Limits, built, to_lora
+from veneer.diffusion.to_lora import built, to_lora
 
 OUT, CHANNELS, R = 24, 16, 3
 SHAPES = {"linear": (OUT, CHANNELS), "conv1x1": (OUT, CHANNELS, 1, 1), "conv3x3": (OUT, CHANNELS, 3, 3)}
@@ -60,7 +61,7 @@ def base(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
 def converted(layer: Layer, shape: tuple[int, ...], **options):
     adapter = Canonical({"unet": {"x": layer}})
     names = Names("test", {"unet": {"x": shape}})
-    made = to_lora(adapter, names, Limits(**options), base=lambda *place: base(shape))
+    made = to_lora(adapter, names, Truncation(**options), base=lambda *place: base(shape))
     return made, made.adapter.components["unet"]["x"]
 
 
@@ -71,7 +72,7 @@ each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys()
 @pytest.mark.parametrize("method", METHODS)
 def test_a_lora_of_full_rank_is_exact(method, shape):
     layer = of(method, shape)
-    made, lora = converted(layer, shape, rank=OUT)
+    made, lora = converted(layer, shape, svd_rank=OUT)
     assert lora.method == "lora"
     torch.testing.assert_close(delta(lora, shape), delta(layer, shape), rtol=1e-4, atol=1e-4)
     assert made.error < 1e-5
@@ -81,7 +82,7 @@ def test_a_lora_of_full_rank_is_exact(method, shape):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_lower_rank_is_the_best_and_states_its_error(method, shape):
     layer = of(method, shape)
-    made, lora = converted(layer, shape, rank=2)
+    made, lora = converted(layer, shape, svd_rank=2)
     assert lora.factors["lora_A.weight"].shape == (2, *shape[1:])
     wanted = delta(layer, shape)
     best = (torch.linalg.svdvals(wanted)[2:].norm() / wanted.norm()).item()
@@ -95,16 +96,16 @@ def test_a_lower_rank_is_the_best_and_states_its_error(method, shape):
 def test_a_tolerance_chooses_the_lowest_rank_that_keeps_it(method, tolerance):
     shape = SHAPES["linear"]
     layer = of(method, shape)
-    made, lora = converted(layer, shape, tolerance=tolerance)
+    made, lora = converted(layer, shape, max_error=tolerance)
     rank, s = len(lora.factors["lora_A.weight"]), torch.linalg.svdvals(delta(layer, shape))
     assert made.error <= tolerance + 1e-5
     assert s[rank - 1 :].norm() / s.norm() > tolerance - 1e-5
-    assert len(converted(layer, shape, tolerance=tolerance, rank=2)[1].factors["lora_A.weight"]) == min(rank, 2)
+    assert len(converted(layer, shape, max_error=tolerance, svd_rank=2)[1].factors["lora_A.weight"]) == min(rank, 2)
 
 
 def test_a_lora_of_a_low_rank_stays_what_it_is():
     layer = of("lora", SHAPES["linear"])
-    made, lora = converted(layer, SHAPES["linear"], rank=R)
+    made, lora = converted(layer, SHAPES["linear"], svd_rank=R)
     assert lora is layer
     assert made.error == 0
 
@@ -112,10 +113,10 @@ def test_a_lora_of_a_low_rank_stays_what_it_is():
 def test_changes_of_a_bias_come_along():
     shape = SHAPES["linear"]
     layer = Layer("full", {"diff": random(*shape), "diff_b": random(OUT)}, 0.5)
-    _, lora = converted(layer, shape, rank=OUT)
+    _, lora = converted(layer, shape, svd_rank=OUT)
     torch.testing.assert_close(lora.factors["lora_B.bias"] * lora.scale, layer.factors["diff_b"] * 0.5)
     layer = Layer("lora", {**factors("lora", shape), "lora_B.bias": random(OUT)}, 0.5)
-    _, lora = converted(layer, shape, rank=1)
+    _, lora = converted(layer, shape, svd_rank=1)
     torch.testing.assert_close(lora.factors["lora_B.bias"] * lora.scale, layer.factors["lora_B.bias"] * 0.5)
 
 
@@ -123,8 +124,8 @@ def test_what_no_lora_can_express_is_refused_or_left_out():
     adapter = Canonical({"unet": {"norm": Layer("norm", {"w_norm": random(8)}), "x": of("loha", SHAPES["linear"])}})
     names = Names("test", {"unet": {"norm": (8,), "x": SHAPES["linear"]}})
     with pytest.raises(ValueError, match=r"unet\.norm: a norm has no matrix .* --no-strict leaves such layers out"):
-        to_lora(adapter, names, Limits(2))
-    made = to_lora(adapter, names, Limits(2), strict=False)
+        to_lora(adapter, names, Truncation(2))
+    made = to_lora(adapter, names, Truncation(2), strict=False)
     assert list(made.left_out) == [("unet", "norm")]
     assert list(made.adapter.components["unet"]) == ["x"]
 
@@ -133,10 +134,10 @@ def test_what_no_lora_can_express_is_refused_or_left_out():
 def test_methods_that_build_on_the_weight_ask_for_it(method):
     adapter = Canonical({"unet": {"x": of(method, SHAPES["linear"])}})
     with pytest.raises(ValueError, match=r"unet\.x: what \w+ changes depends on the base model's weights: give --base"):
-        to_lora(adapter, Names("test", {"unet": {"x": SHAPES["linear"]}}), Limits(2))
+        to_lora(adapter, Names("test", {"unet": {"x": SHAPES["linear"]}}), Truncation(2))
 
 
-@pytest.mark.parametrize(("options", "word"), [({"rank": 0}, "rank=0"), ({"tolerance": 1.5}, "tolerance=1.5")])
+@pytest.mark.parametrize(("options", "word"), [({"svd_rank": 0}, "svd_rank=0"), ({"max_error": 1.5}, "max_error=1.5")])
 def test_limits_that_are_none(options, word):
     with pytest.raises(ValueError, match=word):
-        Limits(**options)
+        Truncation(**options)
