@@ -217,6 +217,11 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 class Dense(Branch):
     """Base 3: ``W' = W + scaling * delta()``. Write `delta`, (out, cols)."""
 
+    @property
+    def moves_bias(self) -> bool:
+        """Whether it changes the bias too."""
+        return False
+
     def delta(self) -> Tensor:
         raise NotImplementedError
 

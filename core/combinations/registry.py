@@ -74,7 +74,7 @@ class Part:
     @property
     def changes_bias(self) -> bool:
         """Whether it may change the layer's bias."""
-        return not isinstance(self.adapter, Dense) or getattr(self.adapter.config, "lora_bias", False)
+        return self.adapter.moves_bias if isinstance(self.adapter, Dense) else True
 
     def bias_delta(self) -> Tensor | None:
         """What it adds to the bias (out,), or None for nothing."""
@@ -226,6 +226,9 @@ def on_deltas(name: str, *, adapters: int | None = None, checks: Iterable[Check]
 
 
 def _folds(parts: Parts) -> str | None:
+    site = parts[0].layer.site
+    if site.elementwise:
+        return f"a {type(site.module).__name__} has no matrix, so no LoRA can change it"
     for part in parts:
         try:
             part.adapter.check_mergeable()

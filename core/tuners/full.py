@@ -45,6 +45,10 @@ class Full(Dense):
         for parameter in self.parameters():
             nn.init.zeros_(parameter) if self.config.init_weights else nn.init.normal_(parameter, std=0.1)
 
+    @property
+    def moves_bias(self) -> bool:
+        return self.config.train_bias
+
     def delta(self) -> Tensor:
         return self.diff.reshape(self.site.out, -1)
 

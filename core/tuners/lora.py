@@ -148,8 +148,12 @@ class LoRA(Factored):
         return y
 
     @property
+    def moves_bias(self) -> bool:
+        return self.config.lora_bias
+
+    @property
     def by_rows(self) -> bool:
-        return not self.config.lora_bias
+        return not self.moves_bias
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         weight, bias = super().fold(weight, bias)

@@ -90,6 +90,9 @@ CASES = [
     if (m.id, kind) not in UNFIT
 ]
 each_case = pytest.mark.parametrize(("method", "variant", "kind"), CASES)
+MATRIX_CASES = [case for case in CASES if case.values[2] in KINDS]
+"""Layers that a LoRA can change."""
+each_matrix_case = pytest.mark.parametrize(("method", "variant", "kind"), MATRIX_CASES)
 
 
 def make_config(method: str, variant: int, random: bool = True, **changes: Any) -> PeftConfig:

@@ -24,7 +24,7 @@ from veneer.core.combinations.registry import COMBINATIONS, REQUIRED, Part
 from veneer.core.layer import fold
 from veneer.core.lowrank import LowRank
 
-from .conftest import KINDS, build, each_case, make_config, stir
+from .conftest import KINDS, build, each_case, each_matrix_case, make_config, stir
 
 NEUTRAL = {
     **{name: {"density": 1.0} for name in ("ties", "dare_linear", "dare_ties", "magnitude_prune")},
@@ -78,7 +78,7 @@ def test_one_adapter_at_weight_one_is_itself(method, variant, kind):
             model.delete(name)
 
 
-@each_case
+@each_matrix_case
 def test_any_method_blends_with_a_lora(method, variant, kind):
     """Exactly the weighted sum of what they do, biases included."""
     model, x = build(method, variant, kind, "a")

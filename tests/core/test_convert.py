@@ -22,7 +22,7 @@ from veneer import (
 from veneer.core import AdaptedModel, inject_adapter_in_model
 from veneer.core.files import read_metadata
 
-from .conftest import CASES, build, make_config, stir
+from .conftest import MATRIX_CASES, build, make_config, stir
 from .conftest import Net as OneLayer
 
 
@@ -67,7 +67,7 @@ def test_same_as_peft(config, rank, tmp_path):
     assert config.lora_alpha == config.r
 
 
-OTHERS = [case for case in CASES if case.values[:2] not in {("LORA", 0), ("LORA", 1)}]
+OTHERS = [case for case in MATRIX_CASES if case.values[:2] not in {("LORA", 0), ("LORA", 1)}]
 
 
 @pytest.mark.parametrize(("method", "variant", "kind"), OTHERS)

@@ -50,7 +50,7 @@ def test_three_dialects_blend_into_the_exact_sum(pipe, files):
         delta = pipe.unet.get_submodule(LAYER).get_delta_weight(BLEND)
         expected = deltas["lora"] + 0.5 * deltas["lokr"] - 2 * deltas["loha"]
         torch.testing.assert_close(delta, expected, atol=1e-5, rtol=1e-4)
-        assert blended.keys() == {"unet"}
+        assert blended.adapters.keys() == {"unet"}
         assert adapted_models(pipe)["unet"].configs.keys() == {*(i.name for i in inputs), BLEND}
     finally:
         detach(pipe)
