@@ -5,14 +5,16 @@ The names below load on first use, so that `import veneer` costs nothing and pul
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .lazy import face
 
 if TYPE_CHECKING:
     from . import core, diffusion, studio, text
     from .core import (
         AdaptedLayer,
         AdaptedModel,
+        AdapterFileError,
         BaseTuner,
         BaseTunerLayer,
         IA3Config,
@@ -55,6 +57,7 @@ _HOME = {
     "text": "text",
     "AdaptedLayer": "core",
     "AdaptedModel": "core",
+    "AdapterFileError": "core",
     "BaseTuner": "core",
     "BaseTunerLayer": "core",
     "IA3Config": "core",
@@ -89,15 +92,4 @@ _HOME = {
 
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = import_module(f".{_HOME[name]}", __name__)
-    value = home if name == _HOME[name] else getattr(home, name)
-    globals()[name] = value  # the next look-up does not come here
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = face(__name__, _HOME)

@@ -33,12 +33,13 @@ COMMANDS = {
     "dreambooth": Command("diffusion.dreambooth", "DreamBoothConfig", "main", "teach a model a subject or a style"),
     "generate": Command("diffusion.generate", "GenerateConfig", "generate", "draw prompts with weighted adapters"),
     "blend": Command("diffusion.blend", "BlendConfig", "blend", "make one adapter of several, with a preview"),
-    "inspect": Command("diffusion.inspect", "InspectConfig", "inspect", "say what an adapter file or folder holds"),
+    "inspect": Command("diffusion.inspect", "InspectConfig", "inspect", "say what an adapter holds and who reads it"),
+    "convert": Command("diffusion.convert", "ConvertConfig", "convert", "rewrite an adapter for another program"),
 }
 
 HELP = f"""usage: veneer COMMAND [OPTIONS]
 
-Adapters for frozen models: train, draw, blend, inspect.
+Adapters for frozen models: train, draw, blend, inspect, convert.
 
 commands:
 {chr(10).join(f"  {name:<12}{command.help}" for name, command in COMMANDS.items())}
@@ -55,6 +56,7 @@ examples:
   veneer generate --prompts "a cat" "a photo of sks face" --adapters demo/robot=0.8 --out pictures
   veneer blend --adapters demo/robot=1.0 demo/ink=0.7 --combination-type svd --out ink-robot
   veneer inspect ink-robot
+  veneer convert ink-robot ink-robot.safetensors --to kohya
 """
 
 

@@ -1,90 +1,108 @@
 """The adapter core: every method, on every layer kind, with PEFT's names and files.
 
-It knows tensors and modules only; importing it imports neither transformers nor diffusers.
+It knows tensors and modules only; importing it imports neither transformers nor diffusers. The names below load on
+first use: what needs no torch, such as looking into a file, does not import it.
 """
 
-from .adapted import AdaptedModel
-from .adapter import Adapter, Branch, Dense, Factored, Folded, Transform, method
-from .assign import LoadResult
-from .combinations import combinations
-from .combinations.registry import Combination, Part, combination, on_deltas, on_factors
-from .combine import Blend, Report, blend
-from .config import PeftConfig, PeftType, TaskType, get_peft_config
-from .convert import convert_to_lora, save_as_lora
-from .errors import MergedError, NoMatchingPeftModuleError, NotMergeableError, PeftError, PeftWarning
-from .files import load_adapter, save_adapter
-from .layer import AdaptedLayer, State
-from .methods import BaseTuner
-from .model import (
-    PeftModel,
-    delete_adapter,
-    get_peft_model,
-    get_peft_model_state_dict,
-    inject_adapter_in_model,
-    load_peft_weights,
-    set_adapter,
-    set_peft_model_state_dict,
-)
-from .sites import Site
-from .status import BaseTunerLayer, LoraLayer, ModulesToSaveWrapper, get_layer_status, get_model_status
-from .tuners.ia3 import IA3Config
-from .tuners.loha import LoHaConfig
-from .tuners.lokr import LoKrConfig
-from .tuners.lora import LoraConfig
-from .tuners.oft import OFTConfig
+from __future__ import annotations
 
-__all__ = [
-    "AdaptedLayer",
-    "AdaptedModel",
-    "Adapter",
-    "BaseTuner",
-    "BaseTunerLayer",
-    "Blend",
-    "Branch",
-    "Combination",
-    "Dense",
-    "Factored",
-    "Folded",
-    "IA3Config",
-    "LoHaConfig",
-    "LoKrConfig",
-    "LoadResult",
-    "LoraConfig",
-    "LoraLayer",
-    "MergedError",
-    "ModulesToSaveWrapper",
-    "NoMatchingPeftModuleError",
-    "NotMergeableError",
-    "OFTConfig",
-    "Part",
-    "PeftConfig",
-    "PeftError",
-    "PeftModel",
-    "PeftType",
-    "PeftWarning",
-    "Report",
-    "Site",
-    "State",
-    "TaskType",
-    "Transform",
-    "blend",
-    "combination",
-    "combinations",
-    "convert_to_lora",
-    "delete_adapter",
-    "get_layer_status",
-    "get_model_status",
-    "get_peft_config",
-    "get_peft_model",
-    "get_peft_model_state_dict",
-    "inject_adapter_in_model",
-    "load_adapter",
-    "load_peft_weights",
-    "method",
-    "on_deltas",
-    "on_factors",
-    "save_adapter",
-    "save_as_lora",
-    "set_adapter",
-    "set_peft_model_state_dict",
-]
+from typing import TYPE_CHECKING
+
+from ..lazy import face
+
+if TYPE_CHECKING:
+    from .adapted import AdaptedModel
+    from .adapter import Adapter, Branch, Dense, Factored, Folded, Transform, method
+    from .assign import LoadResult
+    from .combinations.registry import Combination, Part, combination, on_deltas, on_factors
+    from .combine import Blend, Report, blend
+    from .config import PeftConfig, PeftType, TaskType, get_peft_config
+    from .convert import convert_to_lora, save_as_lora
+    from .errors import (
+        AdapterFileError,
+        MergedError,
+        NoMatchingPeftModuleError,
+        NotMergeableError,
+        PeftError,
+        PeftWarning,
+    )
+    from .files import load_adapter, save_adapter
+    from .layer import AdaptedLayer, State
+    from .methods import BaseTuner
+    from .model import (
+        PeftModel,
+        delete_adapter,
+        get_peft_model,
+        get_peft_model_state_dict,
+        inject_adapter_in_model,
+        load_peft_weights,
+        set_adapter,
+        set_peft_model_state_dict,
+    )
+    from .sites import Site
+    from .status import BaseTunerLayer, LoraLayer, ModulesToSaveWrapper, get_layer_status, get_model_status
+    from .tuners.ia3 import IA3Config
+    from .tuners.loha import LoHaConfig
+    from .tuners.lokr import LoKrConfig
+    from .tuners.lora import LoraConfig
+    from .tuners.oft import OFTConfig
+
+_HOME = {
+    "AdaptedLayer": "layer",
+    "AdaptedModel": "adapted",
+    "Adapter": "adapter",
+    "AdapterFileError": "errors",
+    "BaseTuner": "methods",
+    "BaseTunerLayer": "status",
+    "Blend": "combine",
+    "Branch": "adapter",
+    "Combination": "combinations.registry",
+    "Dense": "adapter",
+    "Factored": "adapter",
+    "Folded": "adapter",
+    "IA3Config": "tuners.ia3",
+    "LoHaConfig": "tuners.loha",
+    "LoKrConfig": "tuners.lokr",
+    "LoadResult": "assign",
+    "LoraConfig": "tuners.lora",
+    "LoraLayer": "status",
+    "MergedError": "errors",
+    "ModulesToSaveWrapper": "status",
+    "NoMatchingPeftModuleError": "errors",
+    "NotMergeableError": "errors",
+    "OFTConfig": "tuners.oft",
+    "Part": "combinations.registry",
+    "PeftConfig": "config",
+    "PeftError": "errors",
+    "PeftModel": "model",
+    "PeftType": "config",
+    "PeftWarning": "errors",
+    "Report": "combine",
+    "Site": "sites",
+    "State": "layer",
+    "TaskType": "config",
+    "Transform": "adapter",
+    "blend": "combine",
+    "combination": "combinations.registry",
+    "convert_to_lora": "convert",
+    "delete_adapter": "model",
+    "get_layer_status": "status",
+    "get_model_status": "status",
+    "get_peft_config": "config",
+    "get_peft_model": "model",
+    "get_peft_model_state_dict": "model",
+    "inject_adapter_in_model": "model",
+    "load_adapter": "files",
+    "load_peft_weights": "model",
+    "method": "adapter",
+    "on_deltas": "combinations.registry",
+    "on_factors": "combinations.registry",
+    "save_adapter": "files",
+    "save_as_lora": "convert",
+    "set_adapter": "model",
+    "set_peft_model_state_dict": "model",
+}
+
+__all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
+
+__getattr__, __dir__ = face(__name__, _HOME)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum, StrEnum
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,13 +27,17 @@ if TYPE_CHECKING:
 
 
 class PeftType(StrEnum):
-    """The methods, by the name that `adapter_config.json` stores."""
+    """The methods, by the name that `adapter_config.json` stores. PEFT does not know those of the second group."""
 
     LORA = "LORA"
     LOHA = "LOHA"
     LOKR = "LOKR"
     IA3 = "IA3"
     OFT = "OFT"
+
+    FULL = "FULL"
+    GLORA = "GLORA"
+    DIAG_OFT = "DIAG_OFT"
 
 
 class TaskType(StrEnum):
@@ -84,6 +89,8 @@ class PeftConfig:
     """Modules trained and saved whole beside the adapter, such as a new head."""
 
     adapter_class: ClassVar[type[Adapter]]
+    norms: ClassVar[bool] = False
+    """Whether the method can adapt a norm, whose weight is no matrix but a number for each feature."""
     later: ClassVar[frozenset[str]] = frozenset()
     """Fields of PEFT's config that this release cannot honour: refused when set, dropped when empty."""
     ignored: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
@@ -223,6 +230,9 @@ class RankedConfig(LayeredConfig):
         for rank in (self.r, *self.rank_pattern.values()):
             if rank <= 0:
                 raise ValueError(f"`r` should be a positive integer value but the value passed is {rank}")
+        for alpha in (getattr(self, self.alpha_field), *self.alpha_pattern.values()):
+            if not isinstance(alpha, Real):
+                raise ValueError(f"`{self.alpha_field}` should be a number but the value passed is {alpha!r}")
 
     def rank_and_alpha(self, path: str) -> tuple[int, float]:
         """Rank and alpha of the layer at `path`, looked up independently."""

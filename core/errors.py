@@ -3,7 +3,8 @@
     PeftError
     ├── NoMatchingPeftModuleError (also a ValueError)   an adapter that would adapt nothing
     ├── NotMergeableError (also a TypeError)                 a change that no weight can express
-    └── MergedError (also a RuntimeError)               a change of activity while weights are merged
+    ├── MergedError (also a RuntimeError)               a change of activity while weights are merged
+    └── AdapterFileError (also a ValueError)            a file that is no adapter, is damaged, or is not safe to read
 
 The first two names are those of the ecosystem; warnings of this package are `PeftWarning`s.
 """
@@ -23,6 +24,10 @@ class NotMergeableError(PeftError, TypeError):
 
 class MergedError(PeftError, RuntimeError):
     """What is active cannot change while adapters are merged into the base weights."""
+
+
+class AdapterFileError(PeftError, ValueError):
+    """A file or folder that cannot be read as an adapter: missing, damaged, of another kind, or a pickle."""
 
 
 class PeftWarning(UserWarning):

@@ -1,20 +1,24 @@
 """Adapter directories: `adapter_config.json` beside `adapter_model.safetensors`, as PEFT writes them.
 
 Writing is atomic: a file appears whole under its name, or not at all. Reading is safetensors only; pickles are refused
-unread, since loading one runs whatever it contains.
+unread, since loading one runs whatever it contains, and a header is checked (`header.py`) before memory is taken for
+what it promises. Importing this file imports no torch.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .atomic import atomic
 from .config import PEFT_FILE_VERSION, PeftConfig
+from .errors import AdapterFileError
+from .header import check_file, damaged, read_header
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -45,29 +49,52 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """The tensors of a safetensors file, all finite. Every reader of every dialect gets its tensors here.
+
+    The one exception are alphas (`….alpha`): some programs store an infinite one where it has no meaning, which the
+    dialects' scale rules know and this file does not.
 
     Raises:
-        ValueError: the file is damaged or not a safetensors file.
+        AdapterFileError: it is missing, damaged, a pickle, or holds NaN or infinity.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    read_header(path)
     try:
-        return load_file(path, device=str(device))
+        tensors = load_file(path, device=str(device))
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        raise damaged(path, str(error)) from error
+    broken = _not_finite({key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")})
+    if broken:
+        more = f" and {len(broken) - 3} more tensors" if len(broken) > 3 else ""
+        raise AdapterFileError(
+            f"{path} holds NaN or infinity in {', '.join(broken[:3])}{more}: its training diverged, or numbers too "
+            "large for half precision were saved in it"
+        )
+    return tensors
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors with NaN or infinity."""
+    import torch
+
+    floats = {key: t if t.itemsize > 1 else t.float() for key, t in tensors.items() if t.is_floating_point()}
+    if not floats:
+        return []
+    # a sum is finite only if its terms are: one pass over the file, no copy, and one answer from a device
+    finite = torch.stack([t.sum(dtype=torch.float32) for t in floats.values()]).isfinite().tolist()
+    suspects = [key for key, sum_is_finite in zip(floats, finite, strict=True) if not sum_is_finite]
+    return [key for key in suspects if not floats[key].isfinite().all()]  # finite terms may overflow
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The string metadata in the header of a safetensors file."""
-    from safetensors import SafetensorError, safe_open
+    """The string metadata in the header of a safetensors file.
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    Raises:
+        AdapterFileError: as `read_header`.
+    """
+    return read_header(path).metadata
 
 
 def write_config(directory: Path, config: PeftConfig, **changes: Any) -> None:
@@ -78,7 +105,7 @@ def write_config(directory: Path, config: PeftConfig, **changes: Any) -> None:
     write_text(directory / CONFIG_NAME, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-_OURS = {"use_dora"}
+_OURS = {"use_dora", "dora_on_input", "left_shape"}
 """Options that go beyond PEFT for some methods: left out of files that do not use them, so that PEFT sees none."""
 
 
@@ -97,21 +124,39 @@ def load_adapter(source: str | Path, **where: Any) -> tuple[PeftConfig, dict[str
     where: `subfolder`, and for the hub `revision`, `token`, `cache_dir`.
 
     Raises:
-        ValueError: no adapter there, or a damaged one.
+        ValueError: no adapter there, or a damaged one (`AdapterFileError`).
     """
     return read_config(source, **where), read_weights(source, **where)
 
 
 def read_config(source: str | Path, cls: type[PeftConfig] = PeftConfig, **where: Any) -> PeftConfig:
-    """The config of an adapter directory or hub id."""
+    """The config of an adapter directory or hub id.
+
+    Raises:
+        AdapterFileError: none is there, it is damaged, or it asks for what this release cannot honour.
+    """
     path = find_file(source, CONFIG_NAME, **where)
+    values = read_json(path)
+    try:
+        return cls.from_dict(values)
+    except (ValueError, TypeError, AttributeError) as error:  # the latter for a list where a number belongs
+        raise AdapterFileError(f"{path}: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        AdapterFileError: it is missing or holds something else.
+    """
+    check_file(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, numbers or nesting beyond reason
+        raise AdapterFileError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return cls.from_dict(values)
+        raise AdapterFileError(f"{path} does not hold a JSON object")
+    return values
 
 
 def read_weights(source: str | Path, device: str | torch.device = "cpu", **where: Any) -> dict[str, Tensor]:
@@ -124,19 +169,16 @@ def find_file(source: str | Path, name: str, *, subfolder: str | None = None, **
     """Path of a file of an adapter: in a local directory, else downloaded from the hub.
 
     Raises:
-        ValueError: it is in neither, with what is there instead.
+        AdapterFileError: it is in neither, with what is there instead.
     """
     directory = Path(source, subfolder or "")
     if (directory / name).is_file():
         return directory / name
     if (directory / PICKLE_NAME).is_file() and name == WEIGHTS_NAME:
-        raise ValueError(
-            f"{directory / PICKLE_NAME} is a pickle, which could run any code when loaded; convert it to safetensors "
-            "with the tool that wrote it"
-        )
+        check_file(directory / PICKLE_NAME)
     if Path(source).exists():
         there = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else "no directory"
-        raise ValueError(f"Can't find '{name}' at '{directory}'; found {there}")
+        raise AdapterFileError(f"Can't find '{name}' at '{directory}'; found {there}")
     return _download(str(source), name, subfolder, hub)
 
 
@@ -147,6 +189,6 @@ def _download(repo: str, name: str, subfolder: str | None, hub: dict[str, Any]) 
     try:
         return Path(hf_hub_download(repo, name, subfolder=subfolder, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
+        raise AdapterFileError(
             f"Can't find '{name}' at '{repo}': it is not a local directory, and the hub says: {error}"
         ) from error

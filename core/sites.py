@@ -48,7 +48,7 @@ def why_not(module: nn.Module) -> str:
     for cls in type(module).__mro__:
         if reason := _REFUSED.get(f"{cls.__module__}.{cls.__qualname__}"):
             return reason
-    return f"supported kinds are {sorted({s.__name__ for s in _SITES.values()})}"
+    return f"supported kinds are {sorted({s.__name__ for s in _SITES.values() if not s.elementwise})}"
 
 
 class Site:
@@ -56,6 +56,8 @@ class Site:
 
     pointwise = False
     """Whether ``y[..., j] = sum_i W[j, i] x[..., i]``: then a map of W's columns is a map of x."""
+    elementwise = False
+    """Whether the weight is one number for each feature, as a norm's: cols is 1 then, and few methods apply."""
     channel = -1
     """Axis of the output features in y."""
     groups = 1
@@ -239,3 +241,42 @@ class Conv(Linear):
 
     def along_output(self, vector: Tensor) -> Tensor:
         return vector.reshape(-1, *self.kernel_ones)
+
+
+@register("torch.nn.modules.normalization.LayerNorm", "torch.nn.modules.normalization.RMSNorm")
+class Norm(Site):
+    """``y = w * normalised(x) + b`` by features: W is (features, 1)."""
+
+    elementwise = True
+
+    def __init__(self, module: Any):
+        super().__init__(module)
+        if module.weight is None:
+            raise ValueError(f"a {type(module).__name__} without weights has nothing to adapt")
+        self.out, self.cols = module.weight.numel(), 1
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        return self.to_matrix(self.module.weight), getattr(self.module, "bias", None)
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        return weight.reshape(-1, 1)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(self.module.weight.shape)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        m, weight = self.module, self.from_matrix(weight)
+        if isinstance(m, nn.LayerNorm):
+            return F.layer_norm(x, m.normalized_shape, weight, bias, m.eps)
+        y = F.rms_norm(x, m.normalized_shape, weight, m.eps)
+        return y if bias is None else y + bias
+
+
+@register("torch.nn.modules.normalization.GroupNorm")
+class GroupNorm(Norm):
+    """The features are channels, the second axis."""
+
+    channel = 1
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.group_norm(x, self.module.num_groups, weight.flatten(), bias, self.module.eps)

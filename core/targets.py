@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
@@ -50,9 +50,11 @@ def walk(model: nn.Module) -> dict[str, Place]:
 
 
 def matcher(targets: Iterable[str] | str | None) -> Callable[[str], bool]:
-    """Whether a path is named by a regex over all of it, or by one of a list of dotted suffixes."""
+    """Whether a path is named by a regex over all of it, by one of a list of dotted suffixes, or as a mapping's key."""
     if targets is None:
         return lambda path: False
+    if isinstance(targets, Mapping):
+        return targets.__contains__
     if isinstance(targets, str):
         full = re.compile(targets)
         return lambda path: full.fullmatch(path) is not None
@@ -114,7 +116,8 @@ def select(model: nn.Module, config: PeftConfig, places: dict[str, Place], stric
         )
     for place in chosen:
         base = _base(place.module)
-        if find(type(base)) is None:
+        site = find(type(base))
+        if site is None or (site.elementwise and not config.norms):
             raise ValueError(f"{place.path}: a {type(base).__name__} cannot be adapted: {why_not(base)}")
     if isinstance(config.target_modules, set) and len(config.target_modules) > CONDENSE_ABOVE:
         config.target_modules = condense([p.path for p in chosen], places)

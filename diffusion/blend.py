@@ -59,7 +59,7 @@ class CombineOptions:
         Raises:
             ConfigError: an option that the kind does not read, or lacks one that it needs.
         """
-        from ..core import combinations
+        from ..core.combinations import combinations
 
         kind = combinations()[self.combination_type]
         asked = {f.name: (getattr(self, f.name), f.default) for f in fields(CombineOptions)}

@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from torch import Tensor
 
 EMBEDDED = "embedded"
 """Names the small, really trained pipeline that ships with the package."""
@@ -125,6 +124,8 @@ def load_pipeline(model: str, revision: str | None = None) -> Any:
             raise ValueError(f"{source} is not a diffusers pipeline: it holds no model_index.json")
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise ValueError(f"model={model!r} is neither a directory, nor a hub id such as owner/name, nor {EMBEDDED!r}")
+    from torch import nn
+
     with _quiet_loading():
         from diffusers import DiffusionPipeline
 

@@ -1,203 +1,299 @@
-"""What an adapter file or folder holds. Only headers and alphas are read, so that size does not matter.
+"""`veneer inspect`: what an adapter file or folder holds, whether it fits a model, and which programs read it.
 
-A *dialect* is a way to lay an adapter out on disk:
-
-    PEFT directory    adapter_config.json beside adapter_model.safetensors; a folder for each component
-    diffusers file    keys such as unet.….to_q.lora_A.weight; the configs as JSON in the file's metadata
+Only headers and alphas are read, so that size does not matter, and no model library is needed for it. What the keys
+mean is the readers' own plan of them (`dialects/plan.py`): what is shown here is what loading would do.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tyro.conf import Positional
 
-from .dialects.names import COMPONENTS
+from ..core.errors import AdapterFileError
+from ..core.files import WEIGHTS_NAME
+from .base import BaseModel
+from .dialects.architectures import Table
+from .dialects.canonical import CONFIGS, Entry, Header, Plan
+from .dialects.methods import FORMS
+from .dialects.names import Names, families, family_names
+from .dialects.peft_plan import component_folders, peft_header, plan_peft
+from .dialects.plan import plan
+from .families import EMBEDDED
 from .settings import plain
+from .verdicts import WHOLE, Verdict, is_tucker, verdicts
 
-# The tensors of each method, by the last words of their keys; the pattern's group is the module path.
-METHODS = {
-    "LoRA": re.compile(r"(.+)\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(?:\.(?:weight|bias))?$"),
-    "LoHa": re.compile(r"(.+)\.hada_(?:w[12]_[ab]|t[12])$"),
-    "LoKr": re.compile(r"(.+)\.lokr_(?:w[12](?:_[ab])?|t2)$"),
-    "IA3": re.compile(r"(.+)\.ia3_l(?:\.weight)?$"),
-    "OFT": re.compile(r"(.+)\.oft_R(?:\.weight)?$"),
-}
-# Which dimension of which tensor is the rank.
-RANK_AXIS = {"lora_A.weight": 0, "lora_embedding_A": 0, "hada_w1_b": 0, "lokr_w2_b": 0, "lokr_w1_b": 0}
+SHOWN = 8
+"""Keys without a place that the table lists; JSON has them all."""
 
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Say what an adapter file or folder holds."""
+    """Say what an adapter file or folder holds, whether it fits a model, and which programs read it.
+
+    Fails (exit code 1) if a file is damaged, or if some of its keys have no place in the model.
+
+    In a shell:
+      veneer inspect ink.safetensors
+      veneer inspect ink.safetensors --base embedded
+      veneer inspect runs/robot --base models/stable-diffusion-v1-5 --json
+    """
 
     path: Positional[Path]
-    """A .safetensors file, or a folder that holds an adapter."""
+    """A .safetensors file of any dialect, a PEFT directory, or a folder of such files."""
+    base: str | None = None
+    """The model to hold the file against: a diffusers pipeline's folder, or "embedded". Not given, the family that the
+    file's names and shapes fit best."""
     json: bool = False
     """Print JSON instead of a table."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One component's adapter."""
+    """What a file adapts of one component, by one method."""
 
     component: str
     method: str
     ranks: list[int]
     scales: list[float]
-    """alpha / rank, or alpha / sqrt(rank) for rsLoRA: a factor of the product. Empty where the file is silent."""
-    modules: int
-    """Adapted layers."""
+    """What the product of the factors is multiplied by: alpha / rank, or as the dialect has it."""
+    layers: int
+    coverage: float | None
+    """Percent of the component's layers with a weight of two axes or more; None for a model that is not known."""
     parameters: int
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one file holds."""
+    """What one adapter holds."""
 
-    file: str
+    path: str
     dialect: str
+    family: str
     size: int
     """Bytes."""
     parts: list[Part]
+    warnings: list[str]
+    unmatched: dict[str, str]
+    """Key without a place -> why, with the nearest names."""
+    verdicts: list[Verdict]
     metadata: dict[str, Any] = field(default_factory=dict)
-    first_keys: list[str] = field(default_factory=list)
-    """Where the dialect is unknown: the first tensors' names, for a person to recognise."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why Veneer would not load it, in one line."""
+        if self.verdicts[0].reads == WHOLE:
+            return None
+        key, why = next(iter(self.unmatched.items()), ("", ""))
+        more = f" (and {len(self.unmatched) - 1} more keys)" if len(self.unmatched) > 1 else ""
+        fits = f"does not fit {self.family}" if self.family else f"fits none of {', '.join(families())}"
+        return f"{self.path} {fits}: {key}: {why}{more}"
 
 
 def inspect(config: InspectConfig) -> None:
-    """Print what `config.path` holds."""
-    reports = inspect_path(config.path)
-    print(json.dumps(plain(reports), indent=2) if config.json else "\n\n".join(_table(report) for report in reports))
+    """Print what `config.path` holds.
+
+    Raises:
+        ValueError: files that cannot be read, or do not fit; what the others hold has been printed.
+    """
+    names = None if config.base is None else BaseModel(config.base).names
+    reports, problems = [], []
+    for path in adapters_at(config.path):
+        try:
+            reports.append(inspect_adapter(path, names))
+        except ValueError as error:
+            problems.append(str(error))
+    if config.json:
+        print(json.dumps(plain(reports), indent=2))
+    elif reports:
+        print("\n\n".join(map(_table, reports)))
+    problems += [report.problem for report in reports if report.problem]
+    if problems:
+        raise ValueError(problems[0] + (f"; and {len(problems) - 1} files more" if len(problems) > 1 else ""))
 
 
-def inspect_path(path: Path) -> list[Report]:
-    """A report for every adapter file of `path`, a file or a folder."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if path.is_file():
-        files = [path]
-    else:  # an adapter's own files before whatever lies deeper, such as a run's checkpoints
-        own = [*path.glob("*.safetensors"), *path.glob("*/adapter_model.safetensors")]
-        files = sorted(own or path.rglob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{path} holds no .safetensors file")
-    return [_inspect_file(file) for file in files]
+def adapters_at(path: Path) -> list[Path]:
+    """The adapters of a folder: itself if it is a PEFT directory, and its files; of a file, itself.
+
+    Raises:
+        AdapterFileError: there is none.
+    """
+    if not path.is_dir():
+        return [path]
+    folders = [path] if component_folders(path) else []
+    # an adapter's own files before whatever lies deeper, such as a run's checkpoints
+    found = folders + sorted(path.glob("*.safetensors")) or sorted(path.rglob("*.safetensors"))
+    if not found:
+        raise AdapterFileError(f"{path} holds no .safetensors file")
+    return found
 
 
-def _inspect_file(file: Path) -> Report:
-    shapes, header = _read_header(file)
-    metadata = {key: _maybe_json(value) for key, value in header.items() if key != "format"}
-    config_file = file.parent / "adapter_config.json"
-    if file.name == "adapter_model.safetensors" and config_file.is_file():
-        shapes = {key.removeprefix("base_model.model."): shape for key, shape in shapes.items()}
-        component = file.parent.name if file.parent.name in COMPONENTS else "model"
-        parts = list(_parts(component, shapes, json.loads(config_file.read_text(encoding="utf-8"))))
-        dialect = "PEFT directory"
-    else:
-        parts = [part for component in COMPONENTS for part in _component_parts(component, shapes, metadata)]
-        dialect = "diffusers file"
-    if parts:
-        return Report(str(file), dialect, file.stat().st_size, parts, metadata)
-    return Report(str(file), "unknown dialect", file.stat().st_size, [], metadata, sorted(shapes)[:8])
+def inspect_adapter(path: Path, names: Names | None = None) -> Report:
+    """What one file or PEFT directory holds.
+
+    Arguments:
+        names: the modules of the model to hold it against; None takes the stored family that fits best.
+
+    Raises:
+        ValueError: it is damaged, or no adapter of a known dialect.
+    """
+    header, meant, fitted = look_into(path, names)
+    return Report(
+        str(path),
+        meant.dialect.title,
+        meant.family if meant.entries or names else "",
+        sum(file.stat().st_size for file in _weights(path)),
+        list(_parts(meant, header, fitted.tables)),
+        [*meant.notes, *_warnings(meant, header)],
+        dict(meant.unmatched),
+        verdicts(meant),
+        {key: _maybe_json(value) for key, value in header.metadata.items() if key != "format"},
+    )
 
 
-def _component_parts(component: str, shapes: dict[str, list[int]], metadata: dict[str, Any]) -> Iterator[Part]:
-    """One component's share of a diffusers file: keys and config both carry its name as prefix."""
-    prefix = f"{component}."
-    own = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
-    config = metadata.get("lora_adapter_metadata", {})
-    yield from _parts(component, own, {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)})
+def _weights(path: Path) -> list[Path]:
+    """The files with an adapter's tensors."""
+    return [folder / WEIGHTS_NAME for folder in component_folders(path).values()] if path.is_dir() else [path]
 
 
-def _parts(component: str, shapes: dict[str, list[int]], config: dict[str, Any]) -> Iterator[Part]:
-    for method, pattern in METHODS.items():
-        matches = {key: match[1] for key in shapes if (match := pattern.match(key))}
-        if not matches:
-            continue
-        ranks = _ranks(matches, shapes)
-        is_dora = method == "LoRA" and any("lora_magnitude_vector" in key for key in matches)
+class Found(NamedTuple):
+    """An adapter, and what it means to the model that it fits best."""
+
+    header: Header
+    plan: Plan
+    names: Names
+
+
+def look_into(path: Path, names: Names | None = None) -> Found:
+    """What an adapter's file or directory means.
+
+    Arguments:
+        names: the modules of its model; None takes the stored family that fits best, or the pipeline in the box.
+
+    Raises:
+        AdapterFileError: it is damaged, or in no known dialect.
+    """
+    header, look_up = (peft_header(path), plan_peft) if path.is_dir() else (Header.of_file(path), plan)
+    try:
+        found = look_up(header, names)
+    except ValueError as error:
+        raise AdapterFileError(f"{path} is {error}") from None
+    if names is not None:
+        return Found(header, found, names)
+    names = family_names(found.family)
+    if found.unmatched:
+        boxed = BaseModel(EMBEDDED).names
+        other = look_up(header, boxed)
+        if len(other.unmatched) < len(found.unmatched):
+            return Found(header, other, boxed)
+    return Found(header, found, names)
+
+
+_LABELS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "ia3": "IA3"}
+
+
+def _label(entry: Entry, header: Header) -> str:
+    """The method's name for people."""
+    if entry.method == "oft":
+        return "BOFT" if any(len(header.shapes[key]) == 4 for key in entry.keys.values()) else "OFT"
+    name = _LABELS.get(entry.method, entry.method)
+    if entry.magnitude:
+        name = "DoRA" if name == "LoRA" else f"{name} + DoRA"
+    return f"{name}, Tucker" if is_tucker(entry) else name
+
+
+def _parts(meant: Plan, header: Header, tables: Mapping[str, Table]) -> Iterator[Part]:
+    def place(entry: Entry) -> tuple[str, str]:
+        return entry.component, _label(entry, header)
+
+    for (component, method), group in groupby(sorted(meant.entries, key=place), key=place):
+        entries = list(group)
+        keys = {key for entry in entries for key in entry.keys.values()}  # of fused layers, once
         yield Part(
             component,
-            "DoRA" if is_dora else method,
-            sorted(set(ranks.values())),
-            sorted({scale for module, rank in ranks.items() if (scale := _scale(module, rank, config)) is not None}),
-            len(set(matches.values())),
-            sum(_count(shapes[key]) for key in matches),
+            method,
+            sorted({entry.rank for entry in entries if entry.rank is not None}),
+            sorted({entry.scale for entry in entries}),
+            len({entry.path for entry in entries}),
+            _coverage(len({entry.path for entry in entries}), tables.get(component, {})),
+            sum(prod(header.shapes[key]) for key in keys),
         )
 
 
-def _ranks(matches: dict[str, str], shapes: dict[str, list[int]]) -> dict[str, int]:
-    """The rank of every module whose tensors show one; a LoKr of two full factors has none."""
-    return {
-        module: shapes[key][axis]
-        for key, module in matches.items()
-        for tensor, axis in RANK_AXIS.items()
-        if key == f"{module}.{tensor}"
-    }
+def _coverage(layers: int, table: Table) -> float | None:
+    adaptable = sum(len(shape) > 1 for shape in table.values())
+    return round(100 * layers / adaptable, 1) if adaptable else None
 
 
-def _scale(module: str, rank: int, config: dict[str, Any]) -> float | None:
-    alpha = config.get("lora_alpha", config.get("alpha"))
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
-    if alpha is None:
-        return None
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+def _warnings(meant: Plan, header: Header) -> Iterator[str]:
+    """What is odd about a file, but no error."""
+    wide = [entry for entry in meant.entries if entry.rank and entry.rank > _full_rank(entry, header)]
+    if wide:
+        first = wide[0]
+        yield (
+            f"ranks larger than their layers in {len(wide)} of {len(meant.entries)}, the first {first.path} with rank "
+            f"{first.rank} where {_full_rank(first, header)} is all that it can have"
+        )
 
 
-def _read_header(file: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Shapes by key, and the metadata."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="np") as opened:
-            shapes = {key: list(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-            return shapes, opened.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+def _full_rank(entry: Entry, header: Header) -> int:
+    """The rank beyond which a larger one adds nothing but parameters."""
+    shapes = {factor: header.shapes[key] for factor, key in entry.keys.items()}
+    return min(size for size in FORMS[entry.method].size(shapes) if size is not None)
 
 
 def _maybe_json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
-def _count(shape: list[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+# ---------------------------------------------------------------- for people
 
 
 def _table(report: Report) -> str:
-    lines = [f"{report.file}: {report.dialect}, {report.size / 1e6:.2f} MB"]
+    model = f" for {report.family}" if report.family else ""
+    lines = [f"{report.path}: {report.dialect}{model}, {report.size / 1e6:.2f} MB"]
     if report.parts:
-        rows = [("component", "method", "rank", "scale", "modules", "parameters"), *map(_row, report.parts)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    lines += [f"  first key: {key}" for key in report.first_keys]
-    lines += [
-        f"  {key}: {_short(value)}" for key, value in sorted(report.metadata.items()) if key != "lora_adapter_metadata"
-    ]
+        head = ("component", "method", "rank", "scale", "layers", "of all", "parameters")
+        lines += _aligned([head, *map(_row, report.parts)])
+        lines.append("")
+    lines += _aligned([("read by", "", ""), *((v.program, v.reads, v.why) for v in report.verdicts)])
+    lines += [f"  warning: {text}" for text in report.warnings]
+    lines += [f"  no place: {_short(key)}: {_short(why)}" for key, why in list(report.unmatched.items())[:SHOWN]]
+    if len(report.unmatched) > SHOWN:
+        lines.append(f"  no place: {len(report.unmatched) - SHOWN} keys more; --json lists them all")
+    lines += [f"  {_short(key)}: {_short(value)}" for key, value in sorted(report.metadata.items()) if key != CONFIGS]
     return "\n".join(lines)
 
 
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
 def _row(part: Part) -> tuple[str, ...]:
-    scales = " ".join(f"{scale:g}" for scale in part.scales)
-    ranks = " ".join(map(str, part.ranks))
-    return part.component, part.method, ranks or "-", scales or "-", str(part.modules), f"{part.parameters:,}"
+    scales, ranks = _several(part.scales), _several(part.ranks)
+    layers = str(part.layers)
+    coverage = "-" if part.coverage is None else f"{part.coverage:g}%"
+    return part.component, part.method, ranks, scales, layers, coverage, f"{part.parameters:,}"
+
+
+def _several(values: Iterable[float]) -> str:
+    """A few numbers one by one, many as a range."""
+    numbers = [f"{value:g}" for value in values]
+    return " ".join(numbers) or "-" if len(numbers) <= 4 else f"{numbers[0]} .. {numbers[-1]} ({len(numbers)})"
 
 
 def _short(value: Any, width: int = 160) -> str:
+    """One line, without the control characters by which a file could play tricks on a terminal."""
     text = " ".join(value.split()) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return text if len(text) <= width else f"{text[: width - 1]}…"

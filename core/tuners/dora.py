@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Dense, Inner, Slot, wide
+from ..adapter import Adapter, Dense, Inner, Slot, materialise, wide
 from ..config import PeftConfig
 from ..sites import Embedding, Site
 
@@ -26,10 +26,14 @@ class OptionalDora(PeftConfig):
 
     use_dora: bool = False
     """Train magnitude and direction of each row of the weight apart (DoRA)."""
+    dora_on_input: bool = False
+    """Of each input channel instead of each row, as LyCORIS before 3.2 did; PEFT has no such option."""
 
     def build(self, site: Site, path: str, device: torch.device, dtype: torch.dtype) -> Adapter:
         adapter = super().build(site, path, device, dtype)
-        return DoRA(adapter) if self.use_dora else adapter  # type: ignore[arg-type]
+        if not self.use_dora:
+            return adapter
+        return (InputDoRA if self.dora_on_input else DoRA)(adapter)  # type: ignore[arg-type]
 
 
 class DoRA(Adapter):
@@ -39,9 +43,16 @@ class DoRA(Adapter):
         super().__init__(direction.config, direction.site, "", *direction._place)
         self.direction = direction
         self.views = (*direction.views, "lora_magnitude_vector")
-        site = self.site
-        self.shape = (site.out,) if isinstance(site, Embedding) or not site.kernel else (1, site.out, *site.kernel_ones)
+        self.shape = self._shape()
         self.lora_magnitude_vector = self.new(*self.shape)
+
+    def _shape(self) -> tuple[int, ...]:
+        site = self.site
+        return (site.out,) if isinstance(site, Embedding) or not site.kernel else (1, site.out, *site.kernel_ones)
+
+    def norms(self, weight: Tensor) -> Tensor:
+        """|V| for each magnitude, where V is `weight` (out, cols) with the direction's delta."""
+        return self.direction.row_norms(weight)
 
     @property
     def scaling(self) -> float:
@@ -55,27 +66,27 @@ class DoRA(Adapter):
     def reset(self) -> None:
         self.direction.reset()
         with torch.no_grad():
-            norms = self.direction.row_norms(self.site.read()[0])
+            norms = self.norms(self.site.read()[0])
         self.lora_magnitude_vector.data.copy_(norms.view(self.shape))
 
-    def row_gain(self, weight: Tensor) -> Tensor:
+    def quotient(self, weight: Tensor) -> Tensor:
         """m / |V|, (out,)."""
         with torch.no_grad():
-            norms = self.direction.row_norms(weight)
+            norms = self.norms(weight)
         return wide(self.lora_magnitude_vector).flatten() / norms
 
     def forward(self, x: Tensor, inner: Inner) -> Tensor:
         y = inner(x)
         weight, bias = inner.weights()
         along = self.site.along_output
-        gain = along(self.row_gain(weight).to(y.dtype))
+        gain = along(self.quotient(weight).to(y.dtype))
         if bias is None:
             return gain * self.direction.forward(x, _Given(y))
         bias = along(bias.to(y.dtype))
         return torch.addcmul(bias, gain, self.direction.forward(x, _Given(y - bias)))
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        gain = self.row_gain(weight).to(weight.dtype)
+        gain = self.quotient(weight).to(weight.dtype)
         moved, extra = self.direction.fold(weight, None)
         if extra is not None:
             bias = extra * gain if bias is None else bias + extra * gain
@@ -101,6 +112,36 @@ class DoRA(Adapter):
             if "direction" in self.__dict__.get("_modules", {}):
                 return getattr(self._modules["direction"], name)
             raise
+
+
+class InputDoRA(DoRA):
+    r"""By input channels i, each with its whole kernel: $W'_{\cdot i} = m_i V_{\cdot i} / \lVert V_{\cdot i} \rVert$.
+
+    Scaling a channel of V is scaling that channel of x, so the base layer runs once here too.
+    """
+
+    def _shape(self) -> tuple[int, ...]:
+        return (1, self.site.channels, *self.site.kernel_ones)
+
+    def norms(self, weight: Tensor) -> Tensor:
+        moved, _ = self.direction.fold(wide(weight), None)
+        norms = self._by_channel(moved).norm(dim=(0, 2))
+        return norms.clamp(min=torch.finfo(norms.dtype).tiny)  # a padding token's embedding is zero, and stays so
+
+    def forward(self, x: Tensor, inner: Inner) -> Tensor:
+        if isinstance(self.site, Embedding):  # its input features are the tokens
+            return materialise(self, x, inner)
+        gain = self.quotient(inner.weights()[0]).to(x.dtype).repeat(self.site.groups)
+        return self.direction.forward(x * self.site.along_output(gain), inner)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        gain = self.quotient(weight).to(weight.dtype)
+        moved, bias = self.direction.fold(weight, bias)
+        return (self._by_channel(moved) * gain[:, None]).view_as(moved), bias
+
+    def _by_channel(self, weight: Tensor) -> Tensor:
+        """(out, cols) -> (out, channels, kernel)."""
+        return weight.reshape(len(weight), self.site.channels, -1)
 
 
 class _Given(Inner):

@@ -32,6 +32,9 @@ class LoKrConfig(LycorisConfig):
     """Make the left factor low-rank too, where its size allows."""
     decompose_factor: int = -1
     """Size of the left factor; -1 splits each dimension as evenly as its divisors allow."""
+    left_shape: tuple[int, int] | None = None
+    """Shape (a, c) of the left factor, for one layer whose split `decompose_factor` cannot name; PEFT has no such
+    option."""
     rank_dropout_scale: bool = False
     """Keep the expected size of the delta under `rank_dropout`."""
     init_weights: bool | Literal["lycoris"] = True
@@ -62,8 +65,7 @@ class LoKr(Lycoris):
         super().__init__(config, site, path, device, dtype)
         r, kernel = self.r, site.kernel
         self.rescale_rank_dropout = config.rank_dropout_scale
-        (self.a, self.b) = factorization(site.out, config.decompose_factor)
-        (self.c, self.d) = factorization(site.channels, config.decompose_factor)
+        (self.a, self.b), (self.c, self.d) = self._split(config, path)
         self.low_c = config.decompose_both and r < max(self.a, self.c) / 2
         self.low_d = r < max(self.b, self.d) / 2
         self.tucker = self.tucker and self.low_d
@@ -78,6 +80,16 @@ class LoKr(Lycoris):
             self.lokr_w2_a, self.lokr_w2_b = self.new(self.b, r), self.new(r, self.d * prod(kernel))
         else:
             self.lokr_w2 = self.new(self.b, self.d, *kernel)
+
+    def _split(self, config: LoKrConfig, path: str) -> tuple[tuple[int, int], tuple[int, int]]:
+        """((a, b), (c, d)) with a * b the output and c * d the input features."""
+        sizes = self.site.out, self.site.channels
+        if config.left_shape is None:
+            return factorization(sizes[0], config.decompose_factor), factorization(sizes[1], config.decompose_factor)
+        (a, c), (out, channels) = config.left_shape, sizes
+        if out % a or channels % c:
+            raise ValueError(f"{path}: a left factor of shape {a} x {c} does not divide a layer of {out} x {channels}")
+        return (a, out // a), (c, channels // c)
 
     def reset(self) -> None:
         for parameter in self.parameters():

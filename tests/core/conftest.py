@@ -21,6 +21,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"r": 3, "lora_alpha": 5},
         {"r": 2, "use_rslora": True, "init_lora_weights": "gaussian"},
         {"r": 2, "use_dora": True},
+        {"r": 2, "use_dora": True, "dora_on_input": True},
     ],
     "LOHA": [{"r": 2, "alpha": 3}, {"r": 1}, {"r": 2, "use_effective_conv2d": True}, {"r": 2, "use_dora": True}],
     "LOKR": [
@@ -29,9 +30,13 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"r": 1, "use_effective_conv2d": True, "decompose_both": True},
         {"r": 1, "init_weights": "lycoris", "decompose_factor": 2},
         {"r": 1, "use_dora": True},
+        {"r": 8, "left_shape": (2, 1)},
     ],
     "IA3": [{"feedforward_modules": []}, {"feedforward_modules": ["layer"], "target_modules": ["layer"]}],
     "OFT": [{"oft_block_size": 2}, {"r": 2, "oft_block_size": 0, "use_cayley_neumann": False, "block_share": True}],
+    "FULL": [{"scale": 1.5}, {"train_bias": True}],
+    "GLORA": [{"r": 2, "alpha": 1}],
+    "DIAG_OFT": [{"block_size": 2, "rescaled": True}, {"block_size": 2, "butterflies": 1, "constraint": 0.1}],
 }
 
 
@@ -60,6 +65,18 @@ KINDS = {
     "conv3d": Kind(lambda: nn.Conv3d(4, 6, 2), _batch(5, 4, 4, 4, 4)),
     "embedding": Kind(lambda: nn.Embedding(12, 8, padding_idx=0), lambda: torch.randint(0, 12, (5, 7))),
 }
+NORMS = {
+    "layernorm": Kind(lambda: nn.LayerNorm(8), _batch(5, 3, 8)),
+    "rmsnorm": Kind(lambda: nn.RMSNorm(8), _batch(5, 3, 8)),
+    "groupnorm": Kind(lambda: nn.GroupNorm(2, 8), _batch(5, 8, 4, 4)),
+}
+"""Layers that only methods with `norms` adapt."""
+
+UNFIT = {
+    ("ia31", "embedding"),
+    *(("full1", kind) for kind in ("embedding", "rmsnorm", "linear-nobias", "conv2d-groups")),
+}
+"""An embedding has no input features to scale; a change of the bias is for layers that have one."""
 
 METHODS = [
     pytest.param(method.value, i, id=f"{method.value.lower()}{i or ''}")
@@ -69,8 +86,8 @@ METHODS = [
 CASES = [
     pytest.param(*m.values, kind, id=f"{m.id}-{kind}")
     for m in METHODS
-    for kind in KINDS
-    if not (m.id == "ia31" and kind == "embedding")  # an embedding has no input features to scale
+    for kind in [*KINDS, *(NORMS if config_classes()[m.values[0]].norms else ())]
+    if (m.id, kind) not in UNFIT
 ]
 each_case = pytest.mark.parametrize(("method", "variant", "kind"), CASES)
 
@@ -88,7 +105,7 @@ class Net(nn.Module):
 
     def __init__(self, kind: str):
         super().__init__()
-        self.layer = KINDS[kind].make()
+        self.layer = (KINDS | NORMS)[kind].make()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
@@ -110,7 +127,7 @@ def build(method: str, variant: int, kind: str, *names: str, random: bool = True
         model.add(name, make_config(method, variant, random))
     if random:
         stir(model, *names)
-    return model, KINDS[kind].sample()
+    return model, (KINDS | NORMS)[kind].sample()
 
 
 @pytest.fixture(autouse=True)

@@ -140,6 +140,13 @@ def test_a_truncated_weights_file_is_named(saved, share):
         (b"[1, 2]", "does not hold a JSON object"),
         (b"{}", "peft_type=None is no method"),
         (b'{"peft_type": "ADALORA"}', "peft_type='ADALORA' is no method of this release"),
+        (b'{"peft_type": "LORA", "r": "four"}', "adapter_config.json: .*not supported between"),
+        (b'{"peft_type": "LORA", "r": [4]}', "adapter_config.json: .*not supported between"),
+        (b'{"peft_type": "LORA", "lora_alpha": "four"}', "`lora_alpha` should be a number but .* is 'four'"),
+        (b'{"peft_type": "LORA", "alpha_pattern": {"x": null}}', "`lora_alpha` should be a number but .* is None"),
+        (b'{"peft_type": "LORA", "rank_pattern": [4]}', "adapter_config.json: 'list' object has no attribute"),
+        (b'{"peft_type": "LORA", "r": ' + b"9" * 5000 + b"}", "is not a JSON file"),
+        (b'{"peft_type": ' + b"[" * 100_000 + b"}", "is not a JSON file"),
     ],
 )
 def test_a_damaged_config_is_named(saved, data, message):

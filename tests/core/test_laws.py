@@ -11,7 +11,7 @@ from torch import nn
 from veneer.core import AdaptedLayer, AdaptedModel, MergedError
 from veneer.core.adapter import Branch
 
-from .conftest import KINDS, METHODS, Net, build, each_case, make_config, stir
+from .conftest import KINDS, METHODS, NORMS, UNFIT, Net, build, each_case, make_config, stir
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -89,7 +89,7 @@ def test_merging_for_good_leaves_a_plain_model(method, variant, kind):
     model, x = build(method, variant, kind, "a")
     y, names = model(x), Net(kind).state_dict().keys()
     plain = model.merge_and_detach()
-    assert type(plain.layer) is type(KINDS[kind].make())
+    assert type(plain.layer) is type((KINDS | NORMS)[kind].make())
     assert plain.state_dict().keys() == names
     torch.testing.assert_close(plain(x), y, atol=2e-5, rtol=1e-4)
     assert all(t.is_contiguous() for t in plain.state_dict().values())
@@ -103,7 +103,7 @@ def test_detaching_leaves_no_residue(method, variant, kind):
     attributes = set(vars(net)) | set(vars(base))
     model = AdaptedModel(net)
     model.add("a", make_config(method, variant))
-    net(KINDS[kind].sample())
+    net((KINDS | NORMS)[kind].sample())
     assert model.detach() is net
     assert net.layer is base
     assert_same_bits(net, before)
@@ -193,7 +193,7 @@ def test_strength_goes_from_the_base_to_the_adapter(method, variant, kind):
 @each_case
 def test_half_precision_base_with_float32_adapter(method, variant, kind):
     torch.manual_seed(0)
-    model, x = AdaptedModel(Net(kind).to(torch.bfloat16)), KINDS[kind].sample()
+    model, x = AdaptedModel(Net(kind).to(torch.bfloat16)), (KINDS | NORMS)[kind].sample()
     model.add("a", make_config(method, variant))
     assert {p.dtype for p in model.parameters_of("a")} == {torch.float32}
     x = x.bfloat16() if x.is_floating_point() else x
@@ -219,7 +219,7 @@ def test_copies_are_independent(method, variant, kind):
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "embedding"])
-@pytest.mark.parametrize(("method", "variant"), [m for m in METHODS if m.id != "ia31"])
+@pytest.mark.parametrize(("method", "variant"), [m for m in METHODS if (m.id, "embedding") not in UNFIT])
 def test_compiles_as_one_graph(method, variant, kind):
     model, x = build(method, variant, kind, "a", "b")
     torch._dynamo.reset()
@@ -264,7 +264,7 @@ def test_dropouts_act_in_training_only(method, variant, kind):
     if options is None or (method == "LORA" and kind == "embedding") or (method == "OFT" and variant == 1):
         pytest.skip("no dropout here")
     torch.manual_seed(0)
-    model, x = AdaptedModel(Net(kind).eval()), KINDS[kind].sample()
+    model, x = AdaptedModel(Net(kind).eval()), (KINDS | NORMS)[kind].sample()
     model.add("a", make_config(method, variant, **options))
     y = model(x)
     assert torch.equal(model(x), y)
