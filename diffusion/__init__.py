@@ -11,11 +11,11 @@ from ..lazy import face
 
 if TYPE_CHECKING:
     from .config import AdapterOptions, ConfigError, DreamBoothConfig
-    from .data import DataError
     from .dreambooth import DreamBooth
     from .events import Checkpoint, Done, Event, Notice, Plan, Progress, ProgressBar, Sample, Step, Stopped
     from .families import family_of, load_pipeline
     from .grid import contact_sheet
+    from .images import DataError
     from .pipeline import adapted_models, detach, load_adapter, merge, read_adapter, remove_adapter, set_weights
     from .sample import generate_each
     from .trainer import TrainingError
@@ -24,7 +24,7 @@ _HOME = {
     "AdapterOptions": "config",
     "Checkpoint": "events",
     "ConfigError": "config",
-    "DataError": "data",
+    "DataError": "images",
     "Done": "events",
     "DreamBooth": "dreambooth",
     "DreamBoothConfig": "config",
