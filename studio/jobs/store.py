@@ -1,4 +1,4 @@
-"""Jobs as the rest of the studio sees them: submit, look, follow, ask to stop, resume. All of it reads and writes files.
+"""Jobs as the rest of the studio sees them: submit, look, follow, ask to stop, resume, all by files.
 
 Every change of a job's state that is not its worker's own passes through one lock, so that of two clicks on Start, or
 of a Stop and a worker that is about to begin, exactly one comes first.
@@ -277,7 +277,7 @@ def resume(ws: Workspace, user: str, job: object) -> None:
             raise StudioError("Its worker hangs and is being ended. Try again in a minute.")
         clear_flags(found.folder)
         step, total = (found.step, found.total) if found.kind == "train" else (0, 0)
-        Record("queued", time.time(), step=step, total=total).write(found.folder)
+        Record("queued", time.time(), found.started, step=step, total=total).write(found.folder)
 
 
 def _held(job: Job) -> bool:
