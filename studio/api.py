@@ -1,0 +1,5 @@
+from .views.page import Page
+
+
+def add(page: Page) -> None:
+    pass

@@ -1,0 +1,5 @@
+from .page import Page
+
+
+def build(page: Page) -> None:
+    pass
