@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -205,8 +205,13 @@ def changing(ws: Workspace) -> Iterator[None]:
         yield
 
 
-def submit(ws: Workspace, user: str, kind: str, arguments: dict[str, Any]) -> str:
+def submit(
+    ws: Workspace, user: str, kind: str, arguments: dict[str, Any], fill: Callable[[Path], None] | None = None
+) -> str:
     """Put work into the queue; its id. The same work, asked for again while it waits or runs, is the same job.
+
+    Arguments:
+        fill: puts what the work needs beside its arguments into the job's folder, before anybody sees that.
 
     Raises:
         StudioError: an unknown kind, or too much is waiting already.
@@ -222,16 +227,18 @@ def submit(ws: Workspace, user: str, kind: str, arguments: dict[str, Any]) -> st
                 return job.id
         if sum(job.state == "queued" for job in own) >= MAX_QUEUED:
             raise StudioError(f"You have {MAX_QUEUED} jobs waiting. Let some finish, or stop them, then try again.")
-        return _create(ws, user, kind, arguments)
+        return _create(ws, user, kind, arguments, fill)
 
 
-def _create(ws: Workspace, user: str, kind: str, arguments: dict[str, Any]) -> str:
+def _create(ws: Workspace, user: str, kind: str, arguments: dict[str, Any], fill: Callable[[Path], None] | None) -> str:
     now, job = time.time(), new_id()
     with atomic_folder(ws.job(job)) as folder:
         (folder / "control").mkdir()
         (folder / "out").mkdir()
         write_json(folder / "spec.json", {"kind": kind, "owner": user, "created": now, "arguments": arguments})
         Record("queued", now).write(folder)
+        if fill is not None:
+            fill(folder)
     return job
 
 

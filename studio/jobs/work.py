@@ -67,12 +67,12 @@ class Warm:
 
 @kind
 def train(task: Task, warm: Warm) -> None:
-    """DreamBooth, by the very code of the command line. Arguments: `dataset`, and `config`, its other settings."""
+    """DreamBooth, by the very code of the command line. Arguments: `config`, its settings; pictures in `data/`."""
     from ...diffusion.dreambooth import DreamBooth, DreamBoothConfig
 
     warm.clear()  # the run needs the memory
     places = {
-        "instance_data_dir": task.ws.dataset(task.job.owner, task.arguments["dataset"]),
+        "instance_data_dir": task.job.folder / "data",
         "output_dir": task.out,
         "device": warm.device,
     }
