@@ -186,9 +186,9 @@ def unpack(
         with path.open("rb") as file:
             _check_directory(file)
             with zipfile.ZipFile(file) as archive:
-                entries = [entry for entry in archive.infolist() if not _is_litter(entry)]
-                for entry in entries:
+                for entry in archive.infolist():
                     _check_entry(entry)
+                entries = [entry for entry in archive.infolist() if not _is_litter(entry)]
                 return list(_unpacked(archive, entries, into, max_file, max_total))
     except StudioError:
         raise
@@ -216,7 +216,7 @@ def _check_directory(file: BinaryIO) -> None:
 
 def _is_litter(entry: zipfile.ZipInfo) -> bool:
     parts = PurePosixPath(entry.filename).parts
-    return entry.is_dir() or "__MACOSX" in parts or (bool(parts) and parts[-1].startswith(".") and parts[-1] != "..")
+    return entry.is_dir() or "__MACOSX" in parts or (bool(parts) and parts[-1].startswith("."))
 
 
 def _check_entry(entry: zipfile.ZipInfo) -> None:

@@ -191,7 +191,7 @@ def remove_image(ws: Workspace, user: str, dataset: object, picture: str) -> Non
 
 def restore_image(ws: Workspace, user: str, dataset: object, picture: str) -> None:
     folder = get(ws, user, dataset).folder
-    removed = {path.stem for path in (folder / "removed").glob("*.png")}
+    removed = [path.stem for path in (folder / "removed").glob("*.png")]
     if picture not in removed:
         raise NotFound("This picture is not among the removed ones.")
     _move_picture(folder / "removed", folder, picture)

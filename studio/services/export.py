@@ -61,7 +61,7 @@ def start(ws: Workspace, user: str, adapter: object, to: str, *, dtype: str = ""
         StudioError: an unknown format, or one that cannot express the adapter.
     """
     found = library.get(ws, user, adapter)
-    if to not in TITLES or dtype not in DTYPES:
+    if to not in list(TITLES) or dtype not in DTYPES:
         raise StudioError(f"Choose a format out of {', '.join(TITLES)}, and numbers out of {', '.join(DTYPES[1:])}.")
     if rank is not None and (type(rank) is not int or not 1 <= rank <= 1024):
         raise StudioError("The rank must be a whole number from 1 to 1024.")

@@ -74,7 +74,7 @@ class ImportReport:
     adapter: str | None = None
     """Its id in the library; None if it was refused."""
     report: dict[str, Any] | None = None
-    """As `veneer inspect --json` tells it."""
+    """As `veneer inspect --json` tells it, without the path."""
 
 
 # ---------------------------------------------------------------- looking
@@ -112,7 +112,7 @@ def report(ws: Workspace, user: str, adapter: object) -> dict[str, Any]:
     found = get(ws, user, adapter)
     kept = read_json(found.folder / "report.json")
     if kept is None:
-        kept = _plain_report(inspect_adapter(found.path), found.name)
+        kept = _plain_report(inspect_adapter(found.path))
         write_json(found.folder / "report.json", kept)
     return kept
 
@@ -276,7 +276,7 @@ def _import(ws: Workspace, user: str, name: str, path: Path) -> ImportReport:
         _store(ws.adapter(user, identifier), path, found, PurePosixPath(shown).stem, f"imported from {shown}")
     except ValueError as error:
         return ImportReport(shown, _without(path, str(error)))
-    return ImportReport(shown, f"imported: {found.dialect} for {found.family}", identifier, _plain_report(found, shown))
+    return ImportReport(shown, f"imported: {found.dialect} for {found.family}", identifier, _plain_report(found))
 
 
 def _store(folder: Path, source: Path, found: Report, name: str, origin: str) -> None:
@@ -288,7 +288,7 @@ def _store(folder: Path, source: Path, found: Report, name: str, origin: str) ->
         preview = source.with_suffix(".png")
         if preview.is_file():
             shutil.copyfile(preview, made / PREVIEW)
-        write_json(made / "report.json", _plain_report(found, name))
+        write_json(made / "report.json", _plain_report(found))
         write_json(made / "card.json", _card(found, name) | {"source": origin})
 
 
@@ -307,9 +307,11 @@ def _card(found: Report, name: str) -> dict[str, Any]:
     }
 
 
-def _plain_report(found: Report, name: str) -> dict[str, Any]:
-    """The report without the server's paths."""
-    return plain(found) | {"path": name}
+def _plain_report(found: Report) -> dict[str, Any]:
+    """The report without the server's path."""
+    told = plain(found)
+    del told["path"]
+    return told
 
 
 def _without(path: Path, message: str) -> str:
