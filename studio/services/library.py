@@ -223,6 +223,27 @@ def import_files(ws: Workspace, user: str, paths: Iterable[str | Path]) -> list[
         return reports + [_import(ws, user, name, path) for name, path in adapters]
 
 
+def waiting(ws: Workspace, user: str) -> list[str]:
+    """Names of what lies in `import/USER/` of the data folder: the way in for files too large to upload."""
+    folder = ws.root / "import" / ws.user(user).name
+    return sorted(path.name for path in folder.iterdir() if not path.is_symlink()) if folder.is_dir() else []
+
+
+def import_waiting(ws: Workspace, user: str, name: str) -> list[ImportReport]:
+    """`import_files` for one of `waiting`, a file or a PEFT folder; what was imported is removed there.
+
+    Raises:
+        NotFound: there is no such file.
+    """
+    if name not in waiting(ws, user):
+        raise NotFound("This file is not in the import folder any more.")
+    path = ws.root / "import" / ws.user(user).name / name
+    reports = [_import(ws, user, name, path)] if path.is_dir() else import_files(ws, user, [path])
+    if all(report.adapter for report in reports):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return reports
+
+
 def _opened(path: Path, into: Path) -> list[tuple[str, Path]]:
     """A file, or an archive's files. Pickles go by their name and are never opened, not even as the zip that they
     are."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import struct
 import zipfile
 from pathlib import Path
@@ -124,6 +125,20 @@ def test_an_archive_of_folders_and_files(ws, peft_files, tmp_path):
     reports = library.import_files(ws, "ann", [tmp_path / "a.zip"])
     assert sorted(report.name for report in reports) == ["ink.safetensors", "style"]
     assert all(report.adapter for report in reports)
+
+
+def test_large_files_come_in_through_a_folder(ws, peft_files):
+    folder = ws.root / "import" / "ann"
+    folder.mkdir(parents=True)
+    shutil.copy(INK, folder)
+    shutil.copytree(peft_files, folder / "style")
+    (folder / "link.safetensors").symlink_to(INK)
+    assert library.waiting(ws, "ann") == ["ink.safetensors", "style"]
+    assert all(library.import_waiting(ws, "ann", name)[0].adapter for name in library.waiting(ws, "ann"))
+    assert library.waiting(ws, "ann") == library.waiting(ws, "bob") == []
+    for name in ("link.safetensors", "../bob/x", "style"):
+        with pytest.raises(NotFound):
+            library.import_waiting(ws, "ann", name)
 
 
 class Canary:
