@@ -218,11 +218,13 @@ def blend(task: Task, warm: Warm) -> None:
     inputs = _inputs(task)
     blended = combine_loaded(pipe, inputs, options)
     task.check()
-    save_adapter(task.out, blended.adapters, recipe(inputs, options, wanted["model"]))
+    save_adapter(task.out, blended.adapters, recipe(inputs, options, wanted["base"]))
     show_only(pipe, BLEND)
     _fill(task, pipe, wanted["cells"])
     errors = {name: error for name, error in blended.errors.items() if error == error}  # NaN: no target to miss
-    adapter = shelve(task.ws, task.job.owner, task.out, wanted["card"], task.out / wanted["cells"][0]["file"])
+    ranks = {rank for config, _ in blended.adapters.values() for rank in (config.r, *config.rank_pattern.values())}
+    card = wanted["card"] | {"rank": sorted(ranks)}
+    adapter = shelve(task.ws, task.job.owner, task.out, card, task.out / wanted["cells"][0]["file"])
     write_json(task.out / "blend.json", {"adapter": adapter, "errors": errors})
 
 

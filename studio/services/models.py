@@ -92,8 +92,8 @@ def _refuse_file(path: Path) -> None:
         raise StudioError(f"{path.name} is no .safetensors file: other checkpoints can run code when loaded.")
     read_header(path)
     raise StudioError(
-        f"{path.name} is a model in one file, which lacks the tokenizer and settings. Turn it into a folder once, with "
-        f'`StableDiffusionPipeline.from_single_file("{path}").save_pretrained(FOLDER)` of diffusers, and add the folder.'
+        f"{path.name} is a model in one file, which lacks tokenizer and settings. Turn it into a folder once, with "
+        f'`StableDiffusionPipeline.from_single_file("{path}").save_pretrained(FOLDER)`, and add the folder.'
     )
 
 
@@ -118,9 +118,8 @@ def _check(folder: Path) -> None:
     if not isinstance(index, dict):
         raise StudioError(f"{folder} is not a diffusers pipeline: it holds no model_index.json.")
     if index.get("_class_name") not in FAMILIES:
-        raise StudioError(
-            f"{folder.name} is a {index.get('_class_name')}, which cannot be trained yet; what can: {', '.join(FAMILIES)}."
-        )
+        kind, known = index.get("_class_name"), ", ".join(FAMILIES)
+        raise StudioError(f"{folder.name} is a {kind}, which cannot be trained yet; what can: {known}.")
     try:
         BaseModel(str(folder))  # every header, to the byte
     except ValueError as error:

@@ -83,8 +83,8 @@ def build(
 
     Arguments:
         trigger: the words that will call it, such as "sks face"; what follows the first word names its class.
-        advanced: other settings by the names of `fields`, as a form has them; they win over the preset, but for those
-            left empty.
+        advanced: other settings by the names of `fields_for`, as a form has them; they win over the preset, but for
+            those left empty.
         model: a source as `models` names it.
 
     Raises:
@@ -204,7 +204,7 @@ _OPTION_FIELDS = {
 _COMPONENTS = {"unet": "UNet", "text_encoder": "Text encoder"}
 
 
-def fields(method: str, query: str = "") -> list[Field]:
+def fields_for(method: str, query: str = "") -> list[Field]:
     """The settings that mean something for this method and match a search, in the order of the config."""
     if method not in METHODS:
         raise StudioError(f"{method!r} is no method. Choose one of {', '.join(METHODS)}.")

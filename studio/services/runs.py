@@ -16,7 +16,7 @@ from ..jobs import store
 from ..shelf import shelve
 from ..workspace import Workspace
 from . import datasets, models, recipes
-from .references import FINAL, adapter_path, steps
+from .references import FINAL, find, steps
 
 POINTS = 500
 """Most points of a loss curve: as many as a screen has columns for it."""
@@ -190,7 +190,7 @@ def add_to_library(ws: Workspace, user: str, job: str, step: int | None = None, 
             f"Nothing was saved at step {step}. Choose one of {', '.join(map(str, saved)) or 'none yet'}."
         )
     final = step is None and finished
-    source = adapter_path(ws, user, f"{found.id}:{FINAL if final else saved[-1] if step is None else step}")
+    source = find(ws, user, f"{found.id}:{FINAL if final else saved[-1] if step is None else step}").path
     at = found.arguments["config"]["max_train_steps"] if final else int(source.name.removeprefix("step-"))
     return shelve(ws, user, source, _card(found, at, name), _newest_sample(found, at))
 
