@@ -222,7 +222,8 @@ def blend(task: Task, warm: Warm) -> None:
     show_only(pipe, BLEND)
     _fill(task, pipe, wanted["cells"])
     errors = {name: error for name, error in blended.errors.items() if error == error}  # NaN: no target to miss
-    ranks = {rank for config, _ in blended.adapters.values() for rank in (config.r, *config.rank_pattern.values())}
+    configs: list[Any] = [config for config, _ in blended.adapters.values()]  # a blend is a LoRA
+    ranks = {rank for config in configs for rank in (config.r, *config.rank_pattern.values())}
     card = wanted["card"] | {"rank": sorted(ranks)}
     adapter = shelve(task.ws, task.job.owner, task.out, card, task.out / wanted["cells"][0]["file"])
     write_json(task.out / "blend.json", {"adapter": adapter, "errors": errors})
