@@ -11,6 +11,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from .auth import Auth
 from .errors import NotFound, StudioError
 from .jobs import store
+from .services import system
 from .workspace import Workspace
 
 SHOWN = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
@@ -23,6 +24,10 @@ def url(kind: str, key: str, path: str, version: object = "") -> str:
 
 
 def add_routes(app: FastAPI, workspace: Workspace, auth: Auth) -> None:
+    @app.get("/files/diagnostics")
+    def diagnostics(request: Request) -> Response:
+        return _response(system.diagnostics(workspace, auth.owner(request) or ""))
+
     @app.get("/files/{kind}/{key}/{path:path}")
     def file(request: Request, kind: str, key: str, path: str) -> Response:
         try:

@@ -6,7 +6,6 @@ carries something. It returns the outputs' values in their order.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

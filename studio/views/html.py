@@ -169,3 +169,34 @@ def size(count: float) -> str:
     """Bytes for people."""
     power = min(4, int(math.log(max(count, 1), 1000)))
     return f"{count / 1000**power:.{0 if power == 0 else 1}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def field(setting: Any, value: Any) -> Markup:
+    """A setting (`name`, `label`, `help`, `type`, `default`, `choices`) as an input that triggers `input`."""
+    words = {"name": setting.name, "label": setting.label, "help": setting.help}
+    search = f"{setting.name} {setting.label} {setting.help}".lower()
+    shape = (
+        '<label data-search="{search}" class="{kind}">'
+        + _SHAPES.get(setting.type, _TEXT)
+        + "<small>{help}</small></label>"
+    )
+    options = join(
+        html('<option value="{c}"{on}>{c}</option>', c=choice, on=Markup(" selected") if choice == value else "")
+        for choice in setting.choices
+    )
+    shown = "\n".join(map(str, value)) if isinstance(value, (list, tuple)) else "" if value is None else value
+    on = Markup(" checked") if value is True else ""
+    kind = "check" if setting.type == "bool" else ""
+    return html(shape, **words, search=search, options=options, value=shown, on=on, kind=kind)
+
+
+_TEXT = '<span>{label}</span><input type="text" data-field="{name}" value="{value}" placeholder="found by itself">'
+_SHAPES = {
+    "bool": '<input type="checkbox" data-field="{name}"{on}><span>{label}</span>',
+    "int": '<span>{label}</span><input type="number" step="1" data-field="{name}" value="{value}" '
+    'placeholder="found by itself">',
+    "float": '<span>{label}</span><input type="number" step="any" data-field="{name}" value="{value}" '
+    'placeholder="found by itself">',
+    "choice": '<span>{label}</span><select data-field="{name}">{options}</select>',
+    "list": '<span>{label}</span><textarea rows="2" data-field="{name}">{value}</textarea>',
+}

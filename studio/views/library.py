@@ -21,7 +21,7 @@ from .watch import Watch
 def build(page: Page) -> None:
     with gr.Row():
         query = gr.Textbox(
-            label="Search", placeholder="name, trigger, tag …", elem_id="library-search", interactive=True
+            "", label="Search", placeholder="name, trigger, tag …", elem_id="library-search", interactive=True
         )
         base = gr.Dropdown([("all", "")], value="", label="Base model", elem_id="library-base", interactive=True)
         method = gr.Dropdown([("all", "")], value="", label="Method", elem_id="library-method", interactive=True)
@@ -54,10 +54,10 @@ def build(page: Page) -> None:
         )
         report = gr.HTML(elem_id="library-report")
     with gr.Accordion("Trash", open=False, elem_id="library-trash"):
-        bin = gr.HTML(elem_id="library-bin", js_on_load=html.CLICKS)
+        trashed = gr.HTML(elem_id="library-bin", js_on_load=html.CLICKS)
 
     filters = [query, base, method, tag]
-    shelf = [cards, bin]
+    shelf = [cards, trashed]
     page.on(query.change, look, [*filters, page.adapter], shelf, trigger_mode="always_last")
     page.on([base.input, method.input, tag.input], look, [*filters, page.adapter], shelf)
     page.on_open("library", look, [*filters, page.adapter], shelf)
@@ -67,7 +67,7 @@ def build(page: Page) -> None:
     page.on(page.adapter.change, look, [*filters, page.adapter], shelf)
     page.on(keep.click, save, [page.adapter, name, trigger, tags, *filters], [detail, *shelf])
     page.on(delete.click, throw_away, [page.adapter], [page.adapter])
-    page.on(bin.click, restore, filters, [page.adapter, *shelf], data=True)
+    page.on(trashed.click, restore, filters, [page.adapter, *shelf], data=True)
     page.on(drop.upload, bring_in, [drop, *filters], [report, drop, page.adapter, *shelf])
     exporting.on(out.click, start_export, [page.adapter, to, rank])
 
@@ -148,8 +148,8 @@ def shelf_of(adapters: list[library.Adapter], chosen: str, filtered: bool) -> Ma
 def _card(adapter: library.Adapter, chosen: bool) -> Markup:
     about = " · ".join(filter(None, [adapter.method, adapter.rank and f"rank {adapter.rank}", adapter.base]))
     return h(
-        '<button type="button" class="card {chosen}" data-busy data-act="choose" data-adapter="{id}" aria-pressed="{on}">'
-        "{picture}<strong>{name}</strong><small>{about}</small><span>{tags}</span></button>",
+        '<button type="button" class="card {chosen}" data-busy data-act="choose" data-adapter="{id}" '
+        'aria-pressed="{on}">{picture}<strong>{name}</strong><small>{about}</small><span>{tags}</span></button>',
         chosen="chosen" if chosen else "",
         on="true" if chosen else "false",
         id=adapter.id,

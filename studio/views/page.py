@@ -51,7 +51,7 @@ def build(page: Page) -> gr.Blocks:
     from . import blend, compare, library, runs, system, train
 
     views = {"train": train, "runs": runs, "library": library, "blend": blend, "compare": compare, "system": system}
-    with gr.Blocks(title="Veneer Studio", analytics_enabled=False, fill_width=False) as blocks:
+    with gr.Blocks(title="Veneer Studio", analytics_enabled=False, fill_width=True) as blocks:
         _head(page)
         page.job, page.adapter = gr.State(""), gr.State("")
         with gr.Tabs(elem_id="tabs", selected="train") as page.tabs:
@@ -70,7 +70,7 @@ def build(page: Page) -> gr.Blocks:
             show_progress="hidden",
             concurrency_limit=None,
             api_visibility="private",
-        )
+        ).then(None, js="() => { window.veneerReady = true; }")
         page.on(page.job.change, None, page.job, js=_LINK % "job")
         page.on(page.adapter.change, None, page.adapter, js=_LINK % "adapter")
         from .. import api
@@ -79,10 +79,13 @@ def build(page: Page) -> gr.Blocks:
     return blocks
 
 
-_REMEMBER = "() => { const u = new URL(location); u.searchParams.set('tab', '%s'); history.replaceState(null, '', u); }"
+_REMEMBER = (
+    "() => { if (!window.veneerReady) return; const u = new URL(location); u.searchParams.set('tab', '%s');"
+    " history.replaceState(null, '', u); }"
+)
 _LINK = (
-    "(id) => { const u = new URL(location); if (id) u.searchParams.set('%s', id);"
-    " history.replaceState(null, '', u); return []; }"
+    "(id) => { if (!window.veneerReady) return; const u = new URL(location); if (id) u.searchParams.set('%s', id);"
+    " history.replaceState(null, '', u); }"
 )
 _LABELS = "() => { document.documentElement.lang = 'en'; }"
 

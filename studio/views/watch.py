@@ -64,19 +64,20 @@ class Watch:
 
 
 def status(job: store.Job) -> Markup:
-    """One line and a bar: what a job does, or how it ended."""
+    """State, progress and a way to stop: what a job does, or how it ended."""
     if job.state == "done":
         return Markup()
-    place = f"{_nth(job.position)} in the queue." if job.position else ""
-    kind = {"failed": "bad", "interrupted": "bad"}.get(job.state, "plain")
     return html.html(
-        '<div class="row">{badge} {stop}</div>{bar}{text}',
+        '<div class="line">{badge} {stop}</div>{bar}{said}',
         badge=html.badge(job.state),
         stop=html.button("Stop", "stop", f"Stop this {job.kind}") if job.active else "",
         bar=html.progress(job.step, job.total, f"Progress of the {job.kind}") if job.active else "",
-        text=html.note(place or job.message or "Starting the worker.", kind),
+        said=said(job),
     )
 
 
-def _nth(place: int) -> str:
-    return "Next" if place == 1 else f"{place}."
+def said(job: store.Job) -> Markup:
+    """What a job says of itself in words."""
+    place = {None: "", 1: "Next in the queue."}.get(job.position, f"Place {job.position} in the queue.")
+    message = place or job.message or ("Starting the worker." if job.active else "")
+    return html.note(message, "bad" if job.state in ("failed", "interrupted") else "plain") if message else Markup()
