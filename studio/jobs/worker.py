@@ -59,7 +59,7 @@ def serve(ws: Workspace, device: str, idle: float) -> None:
     from .work import Warm
 
     warm, quiet_since = Warm(device), time.monotonic()
-    while time.monotonic() - quiet_since < idle and ws.jobs.exists():
+    while time.monotonic() - quiet_since < idle and ws.root.exists():
         task = claim(ws, device)
         if task is None:
             warm.load_libraries()  # while nobody waits for them

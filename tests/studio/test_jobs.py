@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -134,7 +135,7 @@ def test_every_job_has_one_place_and_no_owner_waits_for_two_of_another(owners):
     for owner in set(owners):
         own = [job.queued for job in order if job.owner == owner]
         assert own == sorted(own)
-    for first, second in zip(order, order[1:], strict=False):
+    for first, second in pairwise(order):
         if first.owner == second.owner:  # nobody else is left
             after = order[order.index(first) :]
             assert {job.owner for job in after} == {first.owner}
