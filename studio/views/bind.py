@@ -80,5 +80,5 @@ class Binder:
                 )
             return [gr.skip()] * count if count > 1 else gr.skip() if count else None
 
-        run.__name__ = handler.__name__
+        run.__name__ = f"page_{handler.__name__}"  # Gradio's name for it, which must not take that of a public function
         return run

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,13 +56,14 @@ class Studio:
         self.process.wait(20)
         self.process.stdout.close()
 
-    def client(self, user: str | None = None) -> httpx.Client:
+    @contextmanager
+    def client(self, user: str | None = None) -> Iterator[httpx.Client]:
         """A browser's session, logged in if `user` is given."""
-        client = httpx.Client(base_url=self.url, timeout=60)
-        if user is not None:
-            answer = client.post("/login", data={"name": user, "password": PASSWORD})
-            assert answer.status_code == 303, answer.text
-        return client
+        with httpx.Client(base_url=self.url, timeout=60) as client:
+            if user is not None:
+                answer = client.post("/login", data={"name": user, "password": PASSWORD})
+                assert answer.status_code == 303, answer.text
+            yield client
 
 
 def _answers(url: str) -> bool:
