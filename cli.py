@@ -36,6 +36,7 @@ COMMANDS = {
     "blend": Command("diffusion.blend", "BlendConfig", "blend", "make one adapter of several, with a preview"),
     "inspect": Command("diffusion.inspect", "InspectConfig", "inspect", "say what an adapter holds and who reads it"),
     "convert": Command("diffusion.convert", "ConvertConfig", "convert", "rewrite an adapter for another program"),
+    "studio": Command("studio.serve", "StudioConfig", "serve", "train, blend and compare in the browser"),
 }
 
 HELP = f"""usage: veneer COMMAND [OPTIONS]
@@ -58,6 +59,7 @@ examples:
   veneer blend --adapters demo/robot=1.0 demo/ink=0.7 --combination-type svd --out ink-robot
   veneer inspect ink-robot
   veneer convert ink-robot ink-robot.safetensors --to kohya
+  veneer studio
 """
 
 
@@ -98,7 +100,7 @@ def _run(name: str, arguments: list[str]) -> None:
     module = import_module(f".{command.module}", __package__)
     config_class = getattr(module, command.config)
     if from_file is not None:
-        arguments = [*_flags(config_class, _read_yaml(Path(from_file))), *arguments]  # later flags win
+        arguments = [*flags(config_class, _read_yaml(Path(from_file))), *arguments]  # later flags win
     config = _parse(f"veneer {name}", config_class, arguments)
     if print_only:
         from .diffusion.settings import to_yaml
@@ -135,13 +137,13 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     return loaded
 
 
-def _flags(config_class: type, options: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def flags(config_class: type, options: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """A config file as flags, so that one parser checks both and complains in the same words."""
     kinds = get_type_hints(config_class)
     for name, value in options.items():
         flag = name.replace("_", "-")
         if isinstance(value, dict) and is_dataclass(kinds.get(name)):
-            yield from _flags(kinds[name], value, f"{prefix}{flag}.")
+            yield from flags(kinds[name], value, f"{prefix}{flag}.")
         elif isinstance(value, bool):
             yield f"--{prefix}{'' if value else 'no-'}{flag}"
         elif isinstance(value, (dict, list)):

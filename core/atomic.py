@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock, get_native_id
 
 TEMPORARY = ".incomplete-"
 
@@ -47,20 +48,25 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+_ASKING = Lock()
+
+
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    """It can only be read by setting it: one thread at a time, and never to something that lets others in."""
+    with _ASKING:
+        mask = os.umask(0o077)
+        os.umask(mask)
     return mask
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    return path.with_name(f"{TEMPORARY}{os.getpid()}-{get_native_id()}-{path.name}")
 
 
 def _replace_folder(new: Path, path: Path) -> None:
     """`os.replace` cannot put a folder in the place of a full one, so the old one steps aside first."""
     if path.exists():
-        old = path.with_name(f"{TEMPORARY}{os.getpid()}-old-{path.name}")
+        old = path.with_name(f"{TEMPORARY}{os.getpid()}-{get_native_id()}-old-{path.name}")
         os.replace(path, old)
         os.replace(new, path)
         shutil.rmtree(old)

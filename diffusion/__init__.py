@@ -12,11 +12,11 @@ from ..lazy import face
 if TYPE_CHECKING:
     from .config import AdapterOptions, ConfigError, DreamBoothConfig
     from .convert import ConvertConfig, convert_adapter
-    from .data import DataError
     from .dreambooth import DreamBooth
     from .events import Checkpoint, Done, Event, Notice, Plan, Progress, ProgressBar, Sample, Step, Stopped
     from .families import family_of, load_pipeline
     from .grid import contact_sheet
+    from .images import DataError
     from .inspect import inspect_adapter
     from .pipeline import (
         LoadReport,
@@ -37,7 +37,7 @@ _HOME = {
     "Checkpoint": "events",
     "ConfigError": "config",
     "ConvertConfig": "convert",
-    "DataError": "data",
+    "DataError": "images",
     "Done": "events",
     "DreamBooth": "dreambooth",
     "DreamBoothConfig": "config",

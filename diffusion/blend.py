@@ -144,10 +144,22 @@ def combine(
     A component that only some of the inputs adapt is combined from those. `blocks` are weights by adapter and block,
     which multiply the adapters' own (see `veneer.core.weights`; paths start with the component).
     """
-    from .pipeline import adapted_models, load_adapter, weights_by_component
+    from .pipeline import load_adapter
 
     for adapter in inputs:
         load_adapter(pipe, adapter.path, adapter.name)
+    return combine_loaded(pipe, inputs, options, blocks)
+
+
+def combine_loaded(
+    pipe: Any,
+    inputs: Sequence[Weighted],
+    options: CombineOptions,
+    blocks: Mapping[str, Mapping[str, float]] | None = None,
+) -> Blended:
+    """`combine` for adapters that are on `pipe` already, under the names of `inputs`."""
+    from .pipeline import adapted_models, weights_by_component
+
     within = weights_by_component(pipe, {adapter.name: (blocks or {}).get(adapter.name, 1.0) for adapter in inputs})
     blended = Blended({}, {})
     for component, model in adapted_models(pipe).items():

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import Example, image_views, read_image
+from .data import Example, image_views
+from .images import read_image
 from .random_state import derived_seed
 
 

@@ -16,8 +16,8 @@ from typing import Any
 from ..core.atomic import atomic
 from ..core.files import write_text
 from .config import DreamBoothConfig
-from .data import DataError, find_files
 from .events import Progress
+from .images import DataError, find_files
 from .sample import generate_each
 
 _RECIPE = "class_images.json"

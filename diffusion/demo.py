@@ -199,7 +199,7 @@ def _story(before: Sequence[list[tuple[str, Any]]], after: Sequence[list[tuple[s
 
 
 def _material(name: str, count: int = 5) -> list[tuple[str, Any]]:
-    from .data import caption_of, read_image
+    from .images import caption_of, read_image
 
     files = sorted((MATERIAL / name).glob("*.png"))[:count]
     return [(caption_of(file, ""), read_image(file)) for file in files]

@@ -16,6 +16,7 @@ from typing import Any
 from .config import AdapterOptions, ConfigError, DreamBoothConfig
 from .events import Done, Event, ProgressBar, Stopped
 from .place import Place
+from .requests import Requests
 from .run_directory import RunDirectory
 
 __all__ = ["AdapterOptions", "ConfigError", "DreamBooth", "DreamBoothConfig", "main"]
@@ -29,16 +30,25 @@ def main(config: DreamBoothConfig) -> None:
 
 
 class DreamBooth:
-    """One run of one config. `run()` trains and tells; `stop()`, from a signal or another thread, saves and ends it."""
+    """One run of one config. `run()` trains and tells; the other methods ask something of it, from a signal or another
+    thread, and are heeded at the end of the present step. None of them changes what is learnt."""
 
     def __init__(self, config: DreamBoothConfig):
         self.config = config
         self.directory = RunDirectory(Path(config.output_dir))
-        self._stopping = threading.Event()
+        self._requests = Requests()
 
     def stop(self) -> None:
         """Finish the present step, save a checkpoint, and end. Running again goes on from there."""
-        self._stopping.set()
+        self._requests.stop.set()
+
+    def save(self) -> None:
+        """Save a checkpoint after the present step, and go on."""
+        self._requests.save.set()
+
+    def sample(self) -> None:
+        """Draw the samples after the present step, and go on."""
+        self._requests.sample.set()
 
     def run(self) -> Iterator[Event]:
         """Train until `max_train_steps`, from wherever this directory stands. Ctrl-C and SIGTERM act as `stop()`.
@@ -68,7 +78,7 @@ class DreamBooth:
 
         prepared = yield from prepare(self.config, place)
         with _on_signal(self.stop):
-            yield from Session(self.config, self.directory, prepared, place, self._stopping.is_set).events()
+            yield from Session(self.config, self.directory, prepared, place, self._requests).events()
 
 
 @contextmanager

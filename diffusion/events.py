@@ -13,6 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..core.files import write_text
+
 
 @dataclass(frozen=True)
 class Event:
@@ -123,7 +125,7 @@ class MetricsFile:
             return
         lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         kept = [line for line in lines if json.loads(line)["step"] <= step]
-        self.path.write_text("".join(kept))
+        write_text(self.path, "".join(kept))
 
     def write(self, event: Event) -> None:
         if isinstance(event, Step):

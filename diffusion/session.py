@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from .grid import contact_sheet
 from .pipeline import save_adapter
 from .place import Place
 from .prepare import Prepared
+from .requests import Requests, taken
 from .run_directory import RunDirectory
 from .sample import generate_each
 from .settings import plain, to_yaml
@@ -38,11 +39,11 @@ class Session:
         directory: RunDirectory,
         prepared: Prepared,
         place: Place,
-        asked_to_stop: Callable[[], bool],
+        requests: Requests,
     ):
         self.config, self.directory, self.place = config, directory, place
         self.prepared, self.trainer, self.adapted = prepared, prepared.trainer, prepared.adapted
-        self.asked_to_stop = asked_to_stop
+        self.requests = requests
         self.started = time.perf_counter()
 
     def events(self) -> Iterator[Event]:
@@ -56,9 +57,9 @@ class Session:
             for step in range(done + 1, self.config.max_train_steps + 1):
                 yield self.trainer.step(step)
                 last, stopping = step == self.config.max_train_steps, self._stopping()
-                if last or (self.config.sample_every and step % self.config.sample_every == 0):
+                if taken(self.requests.sample) or last or self._sampling(step):
                     yield from self._sample(step)
-                if last or stopping or step % self.config.checkpointing_steps == 0:
+                if taken(self.requests.save) or last or stopping or step % self.config.checkpointing_steps == 0:
                     yield from self._save(step)
                 if stopping and not last:
                     yield Stopped(step, self.directory.root)
@@ -88,13 +89,16 @@ class Session:
         if not self.place.main:
             return
         with self.directory.new_checkpoint(step, self.config.checkpoints_total_limit) as folder:
-            write_peft_dir(folder, trained(self.adapted))
+            write_peft_dir(folder, trained(self.adapted), self._metadata(step))
             torch.save(self.trainer.state_dict(), folder / _STATE)
         yield Checkpoint(step, self.directory.checkpoint(step))
 
+    def _sampling(self, step: int) -> bool:
+        return self.config.sample_every > 0 and step % self.config.sample_every == 0
+
     def _stopping(self) -> bool:
         """Whether any process was asked to stop; all stop after the same step."""
-        asked = self.asked_to_stop()
+        asked = self.requests.stop.is_set()
         if self.place.processes == 1:
             return asked
         return self.place.mean(torch.tensor(float(asked), device=self.place.device)).item() > 0

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from .config import ConfigError
+
+T = TypeVar("T")
 
 
 def plain(value: Any) -> Any:
@@ -19,6 +25,32 @@ def plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value.value if isinstance(value, Enum) else value
+
+
+def from_plain(cls: type[T], values: Mapping[str, Any]) -> T:
+    """The config of class `cls` that `plain` gave as `values`; what they lack keeps its default.
+
+    Raises:
+        ConfigError: a name that is no field of it.
+    """
+    kinds = get_type_hints(cls)
+    unknown = sorted(values.keys() - kinds.keys())
+    if unknown:
+        raise ConfigError(f"{cls.__name__} has no {', '.join(unknown)}; it has {', '.join(kinds)}")
+    return cls(**{name: _typed(kinds[name], value) for name, value in values.items()})
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    """A plain value as the type that a field is declared with; dicts and numbers are the same in both."""
+    if value is None:
+        return None
+    if get_origin(kind) is UnionType:
+        return _typed(next(choice for choice in get_args(kind) if choice is not NoneType), value)
+    if is_dataclass(kind) and isinstance(kind, type):
+        return value if isinstance(value, kind) else from_plain(kind, value)
+    if kind is Path:
+        return Path(value)
+    return tuple(value) if get_origin(kind) is tuple else value
 
 
 def to_yaml(config: Any) -> str:

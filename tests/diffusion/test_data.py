@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from veneer.diffusion.data import DataError, caption_of, find_files, image_views, read_image, scan
+from veneer.diffusion.data import image_views, scan
+from veneer.diffusion.images import DataError, caption_of, find_files, read_image
 
 
 def test_natural_order_and_what_is_not_an_image(tmp_path: Path):

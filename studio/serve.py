@@ -1,0 +1,70 @@
+"""`veneer studio`: check the settings, then serve. The web framework is imported after them, so that mistakes show at
+once."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+import sys
+
+from .config import StudioConfig, is_loopback
+from .users import Users, add_user
+from .workspace import Workspace
+
+
+def serve(config: StudioConfig) -> None:
+    """Serve until interrupted, or add a user."""
+    config.check()
+    if config.add_user is not None:
+        add_user(_users_file(config), config.add_user, _password(config.add_user))
+        print(f"{config.add_user} may log in now; start with --users {config.users}")
+        return
+    users = None if config.users is None else Users(config.users)
+    workspace = Workspace(config.data.resolve())
+    prepare_environment(workspace)
+    import uvicorn
+
+    from .app import create_app
+
+    listening = _listen(config)
+    app = create_app(workspace, users)
+    host, port = ("localhost" if is_loopback(config.host) else config.host), listening.getsockname()[1]
+    print(
+        f"Veneer Studio: http://{host}:{port}  (data in {workspace.root}; Ctrl+C ends it, trainings go on)", flush=True
+    )
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, server_header=False))
+    server.run(sockets=[listening])
+
+
+def prepare_environment(workspace: Workspace) -> None:
+    """What the web framework reads from the environment, and reads at import."""
+    workspace.temporary.mkdir(parents=True, exist_ok=True)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = str(workspace.temporary / "uploads")
+    os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost"]))
+
+
+def _listen(config: StudioConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((config.host, config.port))
+    except OSError as error:
+        raise OSError(
+            f"cannot listen at {config.host} port {config.port} ({error.strerror}); give another --port"
+        ) from None
+    return listening
+
+
+def _users_file(config: StudioConfig):
+    assert config.users is not None
+    config.users.parent.mkdir(parents=True, exist_ok=True)
+    return config.users
+
+
+def _password(name: str) -> str:
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\n")
+    return getpass.getpass(f"Password for {name}: ")

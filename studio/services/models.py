@@ -1,0 +1,126 @@
+"""Base models: the one in the box, and those that somebody with access to the machine's disk has added.
+
+They are judged by their files' names and headers, without torch, and stay where they are. Nothing is downloaded: a
+repository of the hub can be added once it lies in this machine's cache.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ...core.header import read_header
+from ...diffusion.base import BaseModel
+from ...diffusion.families import EMBEDDED, FAMILIES
+from ..errors import NotFound, StudioError
+from ..workspace import Workspace, locked, read_json, write_json
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline that can be trained and drawn with."""
+
+    name: str
+    """How people and jobs call it."""
+    source: str
+    """What `load_pipeline` takes: "embedded", a folder, or a hub id."""
+    kind: str
+    """"built in", "folder" or "hub"."""
+
+
+BOXED = Model(EMBEDDED, EMBEDDED, "built in")
+
+
+def list_models(ws: Workspace) -> list[Model]:
+    """All models, the one in the box first."""
+    return [BOXED, *(Model(**values) for values in read_json(ws.models) or [])]
+
+
+def source_of(ws: Workspace, name: object) -> str:
+    """What to load for the model of this name.
+
+    Raises:
+        NotFound: none is called so.
+    """
+    for model in list_models(ws):
+        if model.name == name:
+            return model.source
+    raise NotFound(f"There is no model {str(name)[:80]!r} here. Choose one from the list, or add it under System.")
+
+
+def add(ws: Workspace, source: str, name: str = "") -> Model:
+    """Add a model: a diffusers pipeline's folder, or a hub id such as owner/name that is on this machine already.
+
+    Raises:
+        StudioError: it is not there, damaged, of a kind that cannot be trained, or its name is taken.
+    """
+    source = source.strip()
+    path = Path(source).expanduser()
+    if path.is_file():
+        _refuse_file(path)
+    folder, kind = (path, "folder") if path.is_dir() else (_cached(source), "hub")
+    _check(folder)
+    model = Model(_name(name or path.name), str(path.absolute()) if kind == "folder" else source, kind)
+    with locked(ws.models.with_suffix(".lock")):
+        known = list_models(ws)
+        if any(model.name == other.name for other in known):
+            raise StudioError(f"There is a model {model.name!r} already. Give this one another name.")
+        write_json(ws.models, [asdict(other) for other in [*known[1:], model]])
+    return model
+
+
+def remove(ws: Workspace, name: str) -> None:
+    """Take a model off the list; its files stay."""
+    if name == EMBEDDED:
+        raise StudioError("The built-in model cannot be removed.")
+    source_of(ws, name)
+    with locked(ws.models.with_suffix(".lock")):
+        write_json(ws.models, [asdict(model) for model in list_models(ws)[1:] if model.name != name])
+
+
+def _name(text: str) -> str:
+    name = " ".join(text.split())
+    if not name or len(name) > 60 or not name.isprintable():
+        raise StudioError("A model's name has 1 to 60 letters. Type one.")
+    return name
+
+
+def _refuse_file(path: Path) -> None:
+    """Checkpoints in one file hold no tokenizer and no settings; diffusers looks for those on the hub."""
+    if path.suffix != ".safetensors":
+        raise StudioError(f"{path.name} is no .safetensors file: other checkpoints can run code when loaded.")
+    read_header(path)
+    raise StudioError(
+        f"{path.name} is a model in one file, which lacks tokenizer and settings. Turn it into a folder once, with "
+        f'`StableDiffusionPipeline.from_single_file("{path}").save_pretrained(FOLDER)`, and add the folder.'
+    )
+
+
+def _cached(source: str) -> Path:
+    """The folder of a hub repository in this machine's cache."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise StudioError(f"{source[:200]!r} is neither a folder on this machine nor a hub id such as owner/name.")
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source, "model_index.json")
+    if not isinstance(found, str):
+        raise StudioError(
+            f"{source} is not on this machine, and the studio downloads nothing by itself. Run `hf download {source}` "
+            "in a terminal, then add it again."
+        )
+    return Path(found).parent
+
+
+def _check(folder: Path) -> None:
+    """Refuse what training would refuse, only sooner."""
+    index = read_json(folder / "model_index.json")
+    if not isinstance(index, dict):
+        raise StudioError(f"{folder} is not a diffusers pipeline: it holds no model_index.json.")
+    if index.get("_class_name") not in FAMILIES:
+        kind, known = index.get("_class_name"), ", ".join(FAMILIES)
+        raise StudioError(f"{folder.name} is a {kind}, which cannot be trained yet; what can: {known}.")
+    try:
+        BaseModel(str(folder))  # every header, to the byte
+    except ValueError as error:
+        raise StudioError(str(error)) from error

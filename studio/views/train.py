@@ -1,0 +1,304 @@
+"""Train: pictures, a recipe, what it will cost, and Start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gradio as gr
+from markupsafe import Markup
+
+from .. import files
+from ..errors import StudioError
+from ..services import datasets, drafts, estimates, models, recipes, runs
+from . import html
+from .bind import Desk
+from .html import html as h
+from .page import Page, saved
+
+FORM = ("dataset", "name", "model", "goal", "method", "trigger", "preset", "advanced")
+"""What the draft of this form holds, in the order of its components."""
+
+
+def build(page: Page) -> None:
+    _title("1", "Pictures", "3 to 30 of one subject, or of one style. Captions say what else they show.")
+    with gr.Row(equal_height=True):
+        dataset = gr.Dropdown([], label="Data set", elem_id="train-dataset", interactive=True, scale=3)
+        title = gr.Textbox("", label="Its name", elem_id="train-dataset-name", interactive=True, max_length=80, scale=3)
+        with gr.Column(min_width=140, scale=1):
+            new = gr.Button("New data set", elem_id="train-new")
+            delete = gr.Button("Delete it", elem_id="train-delete", variant="stop")
+    with gr.Row(equal_height=True):
+        drop = gr.File(
+            label="Drop pictures, caption files (dog.txt for dog.jpg) or a zip of them; up to 20 MB each",
+            file_count="multiple",
+            elem_id="train-files",
+            height=150,
+            interactive=True,
+            scale=3,
+        )
+        samples = gr.HTML(_samples(), elem_id="train-samples", js_on_load=html.CLICKS)
+    report = gr.HTML(elem_id="train-report", js_on_load=html.CLICKS)
+    cards = gr.HTML(elem_id="train-cards", js_on_load=html.CLICKS)
+
+    _title("2", "Recipe", "Balanced is a good start; the words under Trigger will call what is learnt.")
+    with gr.Row():
+        goal = gr.Radio(
+            _choices(recipes.GOALS), value="subject", label="What to learn", elem_id="train-goal", interactive=True
+        )
+        preset = gr.Radio(_choices(recipes.PRESETS), value="balanced", label="How thoroughly", elem_id="train-preset",
+                          interactive=True)  # fmt: skip
+    with gr.Row():
+        trigger = gr.Textbox("", label="Trigger", placeholder="sks face", elem_id="train-trigger", interactive=True,
+                             info="A rare word, then what it is.", max_length=100)  # fmt: skip
+        name = gr.Textbox("", label="Name of the run", elem_id="train-name", interactive=True, max_length=80,
+                          info="Not given, the trigger.")  # fmt: skip
+    with gr.Row():
+        method = gr.Dropdown(_choices(recipes.METHODS), value="lora", label="Method", elem_id="train-method",
+                             interactive=True, info="LoRA unless you know why not.")  # fmt: skip
+        model = gr.Dropdown([("Embedded", "embedded")], value="embedded", label="Base model", elem_id="train-model",
+                            interactive=True, info="More are added under System.")  # fmt: skip
+    advanced = gr.State({})
+    with gr.Accordion("Advanced settings", open=False, elem_id="train-advanced"):
+        form = gr.HTML(elem_id="train-form", js_on_load=html.CLICKS)
+
+    _title("3", "Review", "")
+    review_ = gr.HTML(elem_id="train-review", js_on_load=html.CLICKS)
+    start = gr.Button("Start training", variant="primary", elem_id="train-start", size="lg")
+
+    held = [dataset, name, model, goal, method, trigger, preset, advanced]
+    shown, pictures = [dataset, title, cards], [title, cards]
+    page.on_open("train", open_, None, [*held, title, cards, form, review_])
+    page.on(new.click, create, None, [*shown, report])
+    page.on(delete.click, throw_away, [dataset], [*shown, report])
+    page.on(report.click, undo, [dataset], [*shown, report], data=True)
+    page.on([title.submit, title.blur], rename, [dataset, title], [dataset])
+    page.on(drop.upload, add, [dataset, drop], [*shown, drop, report])
+    page.on(samples.click, sample, None, [*shown, goal, trigger, report], data=True)
+    page.on(dataset.input, show, [dataset], pictures)
+    page.on(dataset.change, review, held, [review_])
+    page.on(cards.click, remove, [dataset], [cards, report], data=True)
+    page.on(cards.input, caption, [dataset], [], data=True)
+    page.on([goal.change, preset.change, model.change], review, held, [review_])
+    page.on([goal.input, preset.input, method.input, model.input], fill, held, [form])
+    page.on(method.change, review, held, [review_])
+    page.on([trigger.change, name.change], review, held, [review_], trigger_mode="always_last")
+    page.on(form.input, set_, [advanced], [advanced], data=True)
+    page.on(form.click, reset, held, [advanced, form], data=True)
+    page.on(advanced.change, review, held, [review_])
+    page.on(start.click, begin, held, [page.job, page.tabs])
+
+
+# ---------------------------------------------------------------- handlers: the pictures
+
+
+def open_(desk: Desk) -> Any:
+    """The form as it was left."""
+    form = _left(desk)
+    own = datasets.list_datasets(desk.ws, desk.user)
+    dataset = form["dataset"] if form["dataset"] in [d.id for d in own] else (own[0].id if own else None)
+    form["dataset"] = dataset
+    updates = [gr.Dropdown(choices=[(d.name, d.id) for d in own], value=dataset), form["name"],
+               gr.Dropdown(choices=_models(desk), value=form["model"]), *(form[key] for key in FORM[3:])]  # fmt: skip
+    values = tuple(form[key] for key in FORM)
+    return *updates, *show(desk, dataset), fill(desk, *values), review(desk, *values)
+
+
+def show(desk: Desk, dataset: str | None) -> tuple[str, Markup]:
+    if not dataset:
+        return "", html.empty("No pictures yet.", "Drop some above, or begin with one of the samples.")
+    found = datasets.get(desk.ws, desk.user, dataset)
+    return found.name, pictures_of(found)
+
+
+def listed(desk: Desk, dataset: str | None) -> tuple[Any, str, Markup]:
+    """The list of data sets with this one chosen, its name and its pictures."""
+    choices = [(found.name, found.id) for found in datasets.list_datasets(desk.ws, desk.user)]
+    return gr.Dropdown(choices=choices, value=dataset), *show(desk, dataset)
+
+
+def create(desk: Desk) -> Any:
+    return *listed(desk, datasets.create(desk.ws, desk.user, "New data set").id), ""
+
+
+def throw_away(desk: Desk, dataset: str | None) -> Any:
+    datasets.delete(desk.ws, desk.user, dataset)
+    rest = datasets.list_datasets(desk.ws, desk.user)
+    undo_ = html.button("Undo", "restore", dataset=dataset)
+    return *listed(desk, rest[0].id if rest else None), h('<p class="note warn">Deleted. {undo}</p>', undo=undo_)
+
+
+def undo(desk: Desk, data: Mapping[str, Any], dataset: str | None) -> Any:
+    if data.get("act") == "restore":
+        dataset = datasets.restore(desk.ws, desk.user, data.get("dataset")).id
+    elif data.get("act") == "restore-image":
+        datasets.restore_image(desk.ws, desk.user, dataset, str(data.get("picture")))
+    return *listed(desk, dataset), ""
+
+
+def rename(desk: Desk, dataset: str | None, name: str) -> Any:
+    if not dataset or not name.strip() or name == datasets.get(desk.ws, desk.user, dataset).name:
+        return gr.skip()
+    datasets.rename(desk.ws, desk.user, dataset, name)
+    return listed(desk, dataset)[0]
+
+
+def add(desk: Desk, dataset: str | None, paths: list[str]) -> Any:
+    dataset = dataset or datasets.create(desk.ws, desk.user, "My pictures").id
+    reports = datasets.add_files(desk.ws, desk.user, dataset, desk.own(paths))
+    return *listed(desk, dataset), None, added(reports)
+
+
+def sample(desk: Desk, data: Mapping[str, Any]) -> Any:
+    found = datasets.copy_sample(desk.ws, desk.user, str(data.get("sample")))
+    said = html.note(f"{len(found.pictures)} pictures and their captions are yours to change.", "good")
+    return *listed(desk, found.id), found.goal, found.trigger, said
+
+
+def remove(desk: Desk, data: Mapping[str, Any], dataset: str) -> Any:
+    picture = str(data.get("picture"))
+    datasets.remove_image(desk.ws, desk.user, dataset, picture)
+    undo_ = html.button("Undo", "restore-image", picture=picture)
+    return show(desk, dataset)[1], h('<p class="note warn">Picture removed. {undo}</p>', undo=undo_)
+
+
+def caption(desk: Desk, data: Mapping[str, Any], dataset: str) -> None:
+    datasets.set_caption(desk.ws, desk.user, dataset, str(data.get("picture")), data.get("value", ""))
+
+
+# ---------------------------------------------------------------- handlers: the recipe
+
+
+def review(desk: Desk, *values: Any) -> Markup:
+    form = saved(desk, "train", FORM, values)
+    try:
+        dataset, settings = _settings(desk, form)
+    except StudioError as error:
+        return html.note(error, "warn")
+    return reviewed(desk, dataset, settings)
+
+
+def fill(desk: Desk, *values: Any) -> Markup:
+    form = dict(zip(FORM, values, strict=True))
+    return advanced_of(form["method"], form["advanced"], _usual(desk, form))
+
+
+def set_(desk: Desk, data: Mapping[str, Any], advanced: Mapping[str, Any]) -> dict[str, Any]:
+    return {**advanced, str(data.get("field")): data.get("value")}
+
+
+def reset(desk: Desk, data: Mapping[str, Any], *values: Any) -> Any:
+    return {}, fill(desk, *values[:-1], {})
+
+
+def begin(desk: Desk, *values: Any) -> Any:
+    form = _recipe(saved(desk, "train", FORM, values))
+    job = runs.start_training(desk.ws, desk.user, form.pop("dataset"), form)
+    gr.Info("In the queue. Closing this page does not stop it.")
+    return job, gr.Tabs(selected="runs")
+
+
+def _left(desk: Desk) -> dict[str, Any]:
+    usual = {"dataset": None, "name": "", "model": "embedded", "goal": "subject", "method": "lora", "trigger": "",
+             "preset": "balanced", "advanced": {}}  # fmt: skip
+    return usual | {key: value for key, value in drafts.load(desk.ws, desk.user, "train").items() if key in usual}
+
+
+def _recipe(form: Mapping[str, Any]) -> dict[str, Any]:
+    """The form as `runs.start_training` takes it; a run without a name is called by its trigger."""
+    if not form["dataset"]:
+        raise StudioError("Add pictures first: drop some above, or take one of the samples.")
+    return {**form, "name": form["name"].strip() or form["trigger"].strip()}
+
+
+def _settings(desk: Desk, form: Mapping[str, Any]) -> tuple[datasets.Dataset, dict[str, Any]]:
+    recipe = _recipe(form)
+    dataset = datasets.get(desk.ws, desk.user, recipe.pop("dataset"))
+    return dataset, runs.settings_of(desk.ws, dataset, recipe)
+
+
+def _usual(desk: Desk, form: Mapping[str, Any]) -> dict[str, Any]:
+    """What the first choices set, by field; nothing while they are not complete."""
+    try:
+        return recipes.values(_settings(desk, {**form, "advanced": {}})[1])
+    except StudioError:
+        return {}
+
+
+def _models(desk: Desk) -> list[tuple[str, str]]:
+    return [(model.name, model.name) for model in models.list_models(desk.ws)]
+
+
+# ---------------------------------------------------------------- what they show
+
+
+def _title(number: str, title: str, hint: str) -> None:
+    text = h('<div class="section-title"><h3>{n} · {t}</h3><p>{hint}</p></div>', n=number, t=title, hint=hint)
+    gr.HTML(text, js_on_load=None)
+
+
+def _choices(known: Mapping[str, recipes.Choice]) -> list[tuple[str, str]]:
+    return [(choice.title, key) for key, choice in known.items()]
+
+
+def _samples() -> Markup:
+    buttons = html.join(html.button(s.title, "sample", sample=s.key) for s in datasets.SAMPLES)
+    return h(
+        '<p class="note plain">No pictures at hand? Begin with a sample:</p><div class="line">{b}</div>', b=buttons
+    )
+
+
+def pictures_of(dataset: datasets.Dataset) -> Markup:
+    """A card for each picture, with its caption and what the doctor says of it."""
+    findings = datasets.doctor(dataset, 64)
+    general = html.notes(f.message for f in findings if f.picture is None)
+    said: dict[str, list[str]] = {}
+    for finding in findings:
+        said.setdefault(finding.picture or "", []).append(finding.message)
+    cards = html.join(_picture(dataset, picture, said.get(picture.id, [])) for picture in dataset.pictures)
+    return h('{general}<div class="cards">{cards}</div>', general=general, cards=cards)
+
+
+def _picture(dataset: datasets.Dataset, picture: datasets.Picture, said: Sequence[str]) -> Markup:
+    where = files.url("datasets", dataset.id, f"small/{picture.thumbnail.name}")
+    return h(
+        '<div class="card">{image}<span class="name" title="{name}">{name}</span>'
+        '<textarea data-field="caption" data-picture="{id}" aria-label="Caption of {name}" placeholder="Caption" '
+        'maxlength="1000">{caption}</textarea><span class="warns">{said}</span>{remove}</div>',
+        image=html.picture(where, picture.caption or picture.name),
+        name=picture.name,
+        id=picture.id,
+        caption=picture.caption,
+        said=html.join(said, "; "),
+        remove=html.button("Remove", "remove", f"Remove {picture.name}", picture=picture.id),
+    )
+
+
+def added(reports: Sequence[datasets.FileReport]) -> Markup:
+    refused = [f"{report.name} {report.message}" for report in reports if report.picture is None]
+    kept = len(reports) - len(refused)
+    good = html.note(f"{kept} {'file' if kept == 1 else 'files'} added.", "good") if kept else Markup()
+    return good + html.notes(refused, "bad")
+
+
+def reviewed(desk: Desk, dataset: datasets.Dataset, settings: Mapping[str, Any]) -> Markup:
+    cost = estimates.estimate(settings, len(dataset.pictures), desk.ws)
+    known = {"Time": cost.time, "Memory": cost.memory, "Disk": cost.disk, "Estimated by": cost.basis}
+    return h(
+        "{facts}<details><summary>The same from the command line</summary>"
+        '<pre class="command">{command}</pre>{copy}</details>',
+        facts=html.facts(known | {"Steps": settings["max_train_steps"]}),
+        command=(command := recipes.command_line(settings)),
+        copy=html.copy_button(command, "Copy command"),
+    )
+
+
+def advanced_of(method: str, set_values: Mapping[str, Any], usual: Mapping[str, Any]) -> Markup:
+    """Every setting that means something for the method; the browser filters them while one types."""
+    fields = recipes.fields_for(method)
+    return h(
+        '<input class="filter" type="search" data-filter placeholder="Search settings …" aria-label="Search settings">'
+        '{reset}<div class="fields">{fields}</div>',
+        reset=html.button("Back to the preset", "reset", kind="plain") if set_values else "",
+        fields=html.join(html.field(f, set_values.get(f.name, usual.get(f.name, f.default))) for f in fields),
+    )
