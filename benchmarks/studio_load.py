@@ -4,7 +4,7 @@
 
 The studio runs in a process of its own on an empty data folder, with ten users. Each client logs in and then does, at
 random, what a page does: asks how a job stands, lists adapters, uploads a picture, loads the page. Between
-requests it waits for half a second, as a page's timer does. Reported are the times of answers, whatever was no success,
+requests it waits for a second, as a page's timer does. Reported are the times of answers, whatever was no success,
 and the memory of the web process before and after.
 """
 
@@ -34,7 +34,7 @@ from veneer.studio.workspace import Workspace
 
 PASSWORD = "correct horse"
 USERS = 10
-THINK = 0.5
+THINK = 1.0
 """Seconds between a client's requests, on average."""
 CLIENT = f"""
 import sys
@@ -59,7 +59,7 @@ class Seen:
 
 def call(client: httpx.Client, name: str, *values: object) -> str | None:
     """Ask a public function and wait for its answer; None, or what went wrong."""
-    begun = client.post(f"/gradio_api/call/{name}", json={"data": values})
+    begun = client.post(f"/gradio_api/call/{name}", json={"data": values, "session_hash": str(id(client))})
     if begun.status_code != 200:
         return str(begun.status_code)
     with client.stream("GET", f"/gradio_api/call/{name}/{begun.json()['event_id']}") as answer:
