@@ -3,8 +3,8 @@
     python benchmarks/studio_load.py [--clients 50] [--seconds 60] [--json out.json]
 
 The studio runs in a process of its own on an empty data folder, with ten users. Each client logs in and then does, at
-random, what a page does: asks for the state of the jobs, lists adapters, uploads a picture, loads the page. Between
-requests it waits for half a second, as a page's timer does. Reported are the times of answers, whatever was no success,
+random, what a page does: asks how a job stands, lists adapters, uploads a picture, loads the page. Between
+requests it waits for a second, as a page's timer does. Reported are the times of answers, whatever was no success,
 and the memory of the web process before and after.
 """
 
@@ -28,13 +28,13 @@ from pathlib import Path
 
 import httpx
 from PIL import Image
-from veneer.studio.jobs.processes import pid_of, runs
+from veneer.studio.jobs import store
 from veneer.studio.users import add_user
-from veneer.studio.workspace import Workspace, read_json
+from veneer.studio.workspace import Workspace
 
 PASSWORD = "correct horse"
 USERS = 10
-THINK = 0.5
+THINK = 1.0
 """Seconds between a client's requests, on average."""
 CLIENT = f"""
 import sys
@@ -59,7 +59,7 @@ class Seen:
 
 def call(client: httpx.Client, name: str, *values: object) -> str | None:
     """Ask a public function and wait for its answer; None, or what went wrong."""
-    begun = client.post(f"/gradio_api/call/{name}", json={"data": values})
+    begun = client.post(f"/gradio_api/call/{name}", json={"data": values, "session_hash": str(id(client))})
     if begun.status_code != 200:
         return str(begun.status_code)
     with client.stream("GET", f"/gradio_api/call/{name}/{begun.json()['event_id']}") as answer:
@@ -77,21 +77,21 @@ def picture(seed: int) -> bytes:
     return file.getvalue()
 
 
-def one(client: httpx.Client, action: str, content: bytes) -> str | None:
+def one(client: httpx.Client, action: str, content: bytes, job: str) -> str | None:
     if action == "page":
         answer = client.get("/")
     elif action == "upload":
         answer = client.post("/gradio_api/upload", files={"files": ("a.png", content)})
     else:
-        return call(client, action)
+        return call(client, action, job if action == "status" else "")
     return None if answer.status_code == 200 else str(answer.status_code)
 
 
-ACTIONS = {"list_jobs": 6, "list_adapters": 2, "upload": 1, "page": 1}
+ACTIONS = {"status": 6, "list_adapters": 2, "upload": 1, "page": 1}
 """How often each is done, relative to the others."""
 
 
-def visit(url: str, number: int, until: float, seen: Seen) -> None:
+def visit(url: str, number: int, until: float, jobs: list[str], seen: Seen) -> None:
     """One client's minute."""
     chance, content = random.Random(number), picture(number)
     with httpx.Client(base_url=url, timeout=30) as client:
@@ -102,7 +102,7 @@ def visit(url: str, number: int, until: float, seen: Seen) -> None:
             (action,) = chance.choices(list(ACTIONS), list(ACTIONS.values()))
             began = time.perf_counter()
             try:
-                failure = one(client, action, content)
+                failure = one(client, action, content, jobs[number % USERS])
             except httpx.HTTPError as error:
                 failure = type(error).__name__
             seen.add(action, time.perf_counter() - began, failure)
@@ -113,11 +113,11 @@ def _login(number: int) -> dict[str, str]:
     return {"name": f"user{number % USERS}", "password": PASSWORD}
 
 
-def main_client(url: str, first: str, count: str, until: str) -> None:
+def main_client(url: str, first: str, count: str, until: str, *jobs: str) -> None:
     """A process of clients; what it saw as JSON."""
     seen = Seen()
     threads = [
-        threading.Thread(target=visit, args=(url, int(first) + number, float(until), seen))
+        threading.Thread(target=visit, args=(url, int(first) + number, float(until), list(jobs), seen))
         for number in range(int(count))
     ]
     for thread in threads:
@@ -137,42 +137,42 @@ def measure(clients: int, seconds: float) -> dict[str, object]:
         users, data = Path(folder) / "users.json", Path(folder) / "data"
         for number in range(USERS):
             add_user(users, f"user{number}", PASSWORD)
+        jobs = [ended_job(Workspace(data), f"user{number}") for number in range(USERS)]
         command = [sys.executable, "-m", "veneer.cli", "studio", "--port", "0", "--data", data, "--users", users]
         studio = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
         try:
             url = "http://127.0.0.1:" + studio.stdout.readline().partition("localhost:")[2].split()[0]
-            warm_up(url)
+            warm_up(url, jobs)
             before = memory(studio.pid)
-            found = rush(url, clients, seconds)
+            found = rush(url, clients, seconds, jobs)
             found["memory_mb"] = {"before": round(before), "after": round(memory(studio.pid))}
             return found
         finally:
             studio.terminate()
             studio.wait()
-            end_worker(Workspace(data))
 
 
-def end_worker(ws: Workspace) -> None:
-    for path in ws.workers.glob("*.json"):
-        known = read_json(path)
-        if known and runs(known["process"]):
-            os.kill(pid_of(known["process"]), 9)
+def ended_job(ws: Workspace, user: str) -> str:
+    """A job to ask about, which no worker takes up."""
+    job = store.submit(ws, user, "draw", {"cells": []})
+    store.request(ws, user, job, "stop")
+    return job
 
 
-def warm_up(url: str) -> None:
+def warm_up(url: str, jobs: list[str]) -> None:
     """Every action once by every user, so that libraries are welcomed and caches filled before the clock starts."""
     for number in range(USERS):
         with httpx.Client(base_url=url, timeout=60) as client:
             client.post("/login", data=_login(number))
             for action in ACTIONS:
-                one(client, action, picture(number))
+                one(client, action, picture(number), jobs[number])
 
 
-def rush(url: str, clients: int, seconds: float, processes: int = 2) -> dict[str, object]:
+def rush(url: str, clients: int, seconds: float, jobs: list[str], processes: int = 2) -> dict[str, object]:
     until, share = time.time() + seconds, clients // processes
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", CLIENT, url, str(index * share), str(share), str(until)],
+            [sys.executable, "-c", CLIENT, url, str(index * share), str(share), str(until), *jobs],
             stdout=subprocess.PIPE,
             text=True,
         )

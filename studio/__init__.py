@@ -1,1 +1,1 @@
-"""The browser front end. Empty so far: the `veneer` command does its work today."""
+"""The browser front end: `veneer studio`. Views over services over jobs; only a job's worker loads torch."""

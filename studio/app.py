@@ -37,6 +37,7 @@ def create_app(workspace: Workspace, users: Users | None = None) -> FastAPI:
         return JSONResponse({"ok": True})
 
     blocks = build(Page(workspace, uploads, many=users is not None))
+    blocks.state_session_capacity = 200  # each open page, and each call without one, holds about a megabyte
     blocks.queue(api_open=False, max_size=64)
     app = gr.mount_gradio_app(
         app,

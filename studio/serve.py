@@ -9,6 +9,7 @@ import socket
 import sys
 
 from .config import StudioConfig, is_loopback
+from .errors import StudioError
 from .users import Users, add_user
 from .workspace import Workspace
 
@@ -23,9 +24,14 @@ def serve(config: StudioConfig) -> None:
     users = None if config.users is None else Users(config.users)
     workspace = Workspace(config.data.resolve())
     prepare_environment(workspace)
-    import uvicorn
+    try:
+        import uvicorn
 
-    from .app import create_app
+        from .app import create_app
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").partition(".")[0] not in ("gradio", "fastapi", "uvicorn"):
+            raise
+        raise StudioError('The studio needs Gradio, which is not installed: pip install "veneer[studio]"') from None
 
     listening = _listen(config)
     app = create_app(workspace, users)

@@ -52,7 +52,7 @@ def build(page: Page) -> None:
     picked = [chosen, kind, options]
     page.on_open("blend", open_, None, [*held, kinds])
     page.on(chosen.change, choose, [*picked, prompt], [kinds, prompt, *weights])
-    page.on(kinds.input, set_, picked, [kind, options], data=True)
+    page.on(kinds.input, set_, picked, [kind, options], data=True, trigger_mode="multiple", concurrency_limit=1)
     page.on(kind.change, show_kinds, picked, [kinds])
     page.on([part.change for part in held], keep, held, [], trigger_mode="always_last")
     drawing_.on(grid.click, begin_grid, held)

@@ -54,7 +54,7 @@ def build(page: Page) -> gr.Blocks:
     with gr.Blocks(title="Veneer Studio", analytics_enabled=False, fill_width=True) as blocks:
         _head(page)
         page.job, page.adapter = gr.State(""), gr.State("")
-        with gr.Tabs(elem_id="tabs", selected="train") as page.tabs:
+        with gr.Tabs(elem_id="tabs", selected="train", overflow_behavior="wrap") as page.tabs:
             for key, label in TABS.items():
                 with gr.Tab(label, id=key, elem_id=f"tab-{key}") as tab:
                     page._tabs[key] = tab

@@ -78,12 +78,13 @@ def build(page: Page) -> None:
     page.on(dataset.input, show, [dataset], pictures)
     page.on(dataset.change, review, held, [review_])
     page.on(cards.click, remove, [dataset], [cards, report], data=True)
-    page.on(cards.input, caption, [dataset], [], data=True)
+    page.on(cards.input, caption, [dataset], [], data=True, trigger_mode="multiple")
     page.on([goal.change, preset.change, model.change], review, held, [review_])
-    page.on([goal.input, preset.input, method.input, model.input], fill, held, [form])
+    page.on([dataset.change, goal.change, preset.change, method.change, model.change], fill, held, [form])
     page.on(method.change, review, held, [review_])
     page.on([trigger.change, name.change], review, held, [review_], trigger_mode="always_last")
-    page.on(form.input, set_, [advanced], [advanced], data=True)
+    # one by one and none left out, however fast somebody fills them in
+    page.on(form.input, set_, [advanced], [advanced], data=True, trigger_mode="multiple", concurrency_limit=1)
     page.on(form.click, reset, held, [advanced, form], data=True)
     page.on(advanced.change, review, held, [review_])
     page.on(start.click, begin, held, [page.job, page.tabs])
@@ -220,7 +221,8 @@ def _settings(desk: Desk, form: Mapping[str, Any]) -> tuple[datasets.Dataset, di
 def _usual(desk: Desk, form: Mapping[str, Any]) -> dict[str, Any]:
     """What the first choices set, by field; nothing while they are not complete."""
     try:
-        return recipes.values(_settings(desk, {**form, "advanced": {}})[1])
+        trigger = form["trigger"].strip() or "sks thing"
+        return recipes.values(_settings(desk, {**form, "trigger": trigger, "advanced": {}})[1])
     except StudioError:
         return {}
 

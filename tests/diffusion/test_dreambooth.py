@@ -258,6 +258,23 @@ def test_ctrl_c_saves_and_a_rerun_ends_like_an_undisturbed_run(make_config, tmp_
     assert_equal_runs(undisturbed.output_dir, stopped.output_dir)
 
 
+def test_samples_and_checkpoints_on_demand_come_once_and_teach_nothing(make_config, tmp_path):
+    undisturbed = make_config(max_train_steps=4, output_dir=tmp_path / "undisturbed")
+    run(undisturbed)
+    config = make_config(max_train_steps=4, sample_seeds=(0,), sample_every=0)
+    booth, told = DreamBooth(config), []
+    for event in booth.run():
+        told.append(event)
+        if isinstance(event, Step) and event.step == 2:
+            booth.sample()
+            booth.save()
+    assert [sample.step for sample in of(Sample, told)] == [0, 2, 4]
+    assert [checkpoint.step for checkpoint in of(Checkpoint, told)] == [2, 4]
+    asked, left = (weights(folder.output_dir) for folder in (config, undisturbed))
+    assert asked.keys() == left.keys()
+    assert all(torch.equal(asked[key], left[key]) for key in left)
+
+
 def test_changed_images_are_told_on_resume(make_config, images):
     run(make_config())
     (images / "0.txt").write_text("a disc on white")

@@ -50,7 +50,9 @@ def take(browser: Browser, url: str, tab: str, theme: str, job: str, out: Path) 
     """One tab as people see it."""
     page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=theme)
     page.goto(f"{url}/?tab={tab}&job={job if tab == 'runs' else ''}&__theme={theme}")
-    expect(page.get_by_role("tab", name=tab.capitalize(), exact=True)).to_have_attribute("aria-selected", "true")
+    expect(page.get_by_role("tab", name=tab.capitalize(), exact=True)).to_have_attribute(
+        "aria-selected", "true", timeout=30_000
+    )
     page.wait_for_timeout(2500)  # pictures and charts have no common sign of being there
     save(page, out / f"{tab}-{theme}.png")
     page.close()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from veneer import cli
-from veneer.core.combinations import combinations
+from veneer.core import combination_types
 from veneer.core.combinations.registry import REQUIRED
 from veneer.diffusion import DreamBoothConfig
 from veneer.diffusion.blend import CombineOptions
@@ -116,9 +116,9 @@ def test_choices_that_are_none(wrong):
 
 
 def test_the_ways_to_blend_are_the_cores():
-    assert {kind.name for kind in blending.KINDS} == set(combinations())
+    assert {kind.name for kind in blending.KINDS} == set(combination_types())
     for kind in blending.KINDS:
-        core = combinations()[kind.name]
+        core = combination_types()[kind.name]
         assert set(kind.options) == set(core.options) - {"svd_clamp", "svd_driver"}, kind.name
         assert kind.adapters == core.adapters
         assert kind.on_factors == any(check.__name__ == "equal_ranks" for check in core.checks)
