@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -79,10 +79,15 @@ def open_(desk: Desk) -> Any:
 
 def choose(desk: Desk, chosen: list[str], kind: str, options: Mapping[str, Any], prompt: str) -> Any:
     found = [references.find(desk.ws, desk.user, reference) for reference in chosen]
-    words = ", ".join(adapter.trigger for adapter in found if adapter.trigger)
+    words = _together(adapter.trigger for adapter in found)
+    typed = prompt not in ("", *(_together(a.trigger for a in found[:n]) for n in range(len(found))))
     labels = [adapter.name for adapter in found] + [""] * blending.MOST
     sliders = [gr.Slider(label=f"Weight of {labels[n]}", visible=bool(labels[n])) for n in range(blending.MOST)]
-    return show_kinds(desk, chosen, kind, options), prompt or words, *sliders
+    return show_kinds(desk, chosen, kind, options), gr.skip() if typed else words, *sliders
+
+
+def _together(triggers: Iterable[str]) -> str:
+    return ", ".join(trigger for trigger in triggers if trigger)
 
 
 def show_kinds(desk: Desk, chosen: list[str], kind: str, options: Mapping[str, Any]) -> Markup:

@@ -25,9 +25,9 @@ class Page(Binder):
     """What the tabs share while they are built."""
 
     tabs: gr.Tabs
-    job: gr.State
-    """Id of the run that Runs shows."""
-    adapter: gr.State
+    job: gr.Textbox
+    """Id of the run that Runs shows; hidden, and not a State, so that the address can follow it."""
+    adapter: gr.Textbox
     """Id of the adapter that Library shows."""
 
     def __init__(self, ws: Workspace, uploads: Uploads, many: bool):
@@ -53,7 +53,8 @@ def build(page: Page) -> gr.Blocks:
     views = {"train": train, "runs": runs, "library": library, "blend": blend, "compare": compare, "system": system}
     with gr.Blocks(title="Veneer Studio", analytics_enabled=False, fill_width=True) as blocks:
         _head(page)
-        page.job, page.adapter = gr.State(""), gr.State("")
+        page.job = gr.Textbox("", label="Run", visible="hidden", elem_id="page-job")
+        page.adapter = gr.Textbox("", label="Adapter", visible="hidden", elem_id="page-adapter")
         with gr.Tabs(elem_id="tabs", selected="train", overflow_behavior="wrap") as page.tabs:
             for key, label in TABS.items():
                 with gr.Tab(label, id=key, elem_id=f"tab-{key}") as tab:

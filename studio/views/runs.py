@@ -46,7 +46,7 @@ def build(page: Page) -> None:
                 log = gr.HTML(elem_id="runs-log", js_on_load=None)
     timer, seen = gr.Timer(EVERY, active=False), gr.State({})
 
-    shown = [listed, head, training, samples, chart, step, fold, log, timer, seen]
+    shown = [page.job, listed, head, training, samples, chart, step, fold, log, timer, seen]
     fresh = gr.State({})
     page.on_open("runs", look, [page.job, log_scale, fresh], shown)
     page.on([page.job.change, log_scale.change], look, [page.job, log_scale, fresh], shown)
@@ -77,14 +77,15 @@ def add(desk: Desk, job: str, step: int | None, name: str) -> Any:
 def look(desk: Desk, job: str, log_scale: bool, seen: Mapping[str, Any]) -> Any:
     """What has changed since `seen`, and what that is now."""
     jobs = store.list_jobs(desk.ws, desk.user)
-    job = job or next((found.id for found in jobs if found.id and found.kind == "train"), "")
+    newest = next((found.id for found in jobs if found.id and found.kind == "train"), "")
+    chosen, job = gr.skip() if job or not newest else newest, job or newest
     parts = _parts(desk, job, log_scale)
     stamps = {"list": [job, *((j.id, j.state, j.step, j.position) for j in jobs)]} | {
         k: s for k, (s, _) in parts.items()
     }
     shown = {"list": lambda: list_of(jobs, job)} | {key: make for key, (_, make) in parts.items()}
     updates = [shown[key]() if stamps[key] != seen.get(key) else gr.skip() for key in shown]
-    return *updates, gr.Timer(active=any(found.active for found in jobs)), stamps
+    return chosen, *updates, gr.Timer(active=any(found.active for found in jobs)), stamps
 
 
 def _parts(desk: Desk, job: str, log_scale: bool) -> dict[str, Any]:
