@@ -120,7 +120,9 @@ class InputDoRA(DoRA):
     Scaling a channel of V is scaling that channel of x, so the base layer runs once here too.
     """
 
-    by_rows = False  # a channel's norm is over all rows
+    @property
+    def by_rows(self) -> bool:
+        return False  # a channel's norm is over all rows
 
     def _shape(self) -> tuple[int, ...]:
         return (1, self.site.channels, *self.site.kernel_ones)

@@ -221,7 +221,8 @@ def blend(task: Task, warm: Warm) -> None:
     save_adapter(task.out, blended.adapters, recipe(inputs, options, wanted["base"]))
     show_only(pipe, BLEND)
     _fill(task, pipe, wanted["cells"])
-    errors = {name: error for name, error in blended.errors.items() if error == error}  # NaN: no target to miss
+    told = {name: report.error for name, report in blended.reports.items()}
+    errors = {name: error for name, error in told.items() if error == error}  # NaN: no target to miss
     configs: list[Any] = [config for config, _ in blended.adapters.values()]  # a blend is a LoRA
     ranks = {rank for config in configs for rank in (config.r, *config.rank_pattern.values())}
     card = wanted["card"] | {"rank": sorted(ranks)}

@@ -103,7 +103,7 @@ def save(desk: Desk, adapter: str, name: str, trigger: str, tags: str, *filters:
     library.set_trigger(desk.ws, desk.user, adapter, trigger)
     library.set_tags(desk.ws, desk.user, adapter, [tag for tag in tags.split(",") if tag.strip()])
     gr.Info("The card is saved.")
-    return show(desk, adapter)[1], *look(desk, *filters, adapter)
+    return show(desk, adapter)[1], *look(desk, *filters, adapter)  # pyright: ignore[reportCallIssue]
 
 
 def throw_away(desk: Desk, adapter: str) -> str:
@@ -114,13 +114,13 @@ def throw_away(desk: Desk, adapter: str) -> str:
 
 def restore(desk: Desk, data: dict[str, Any], *filters: str) -> Any:
     adapter = library.restore(desk.ws, desk.user, data.get("adapter")).id
-    return adapter, *look(desk, *filters, adapter)
+    return adapter, *look(desk, *filters, adapter)  # pyright: ignore[reportCallIssue]
 
 
 def bring_in(desk: Desk, paths: list[str], *filters: str) -> Any:
     reports = library.import_files(desk.ws, desk.user, desk.own(paths))
     newest = next((report.adapter for report in reports if report.adapter), None)
-    return imported(reports), None, newest or gr.skip(), *look(desk, *filters, newest or "")
+    return imported(reports), None, newest or gr.skip(), *look(desk, *filters, newest or "")  # pyright: ignore[reportCallIssue]
 
 
 def start_export(desk: Desk, adapter: str, to: str, rank: int | None) -> str:
