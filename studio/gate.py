@@ -130,7 +130,7 @@ def _with_headers(send: Send) -> Send:
     async def adding(message: Message) -> None:
         if message["type"] == "http.response.start":
             kept = [(name, value) for name, value in message["headers"] if name not in _NAMES]
-            message = message | {"headers": [*kept, *_ENCODED]}
+            message = {**message, "headers": [*kept, *_ENCODED]}
         await send(message)
 
     return adding

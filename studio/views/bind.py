@@ -57,7 +57,7 @@ class Binder:
     ) -> Any:
         """Call `handler` at each of `events`, such as `button.click`."""
         bound = None
-        for event in events if isinstance(events, (list, tuple)) else [events]:
+        for event in [events] if callable(events) else events:
             fixed = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"} | more
             count = len(outputs) if isinstance(outputs, (list, tuple)) else int(outputs is not None)
             fn = None if handler is None else self._spoken(handler, count, data)

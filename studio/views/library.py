@@ -75,9 +75,11 @@ def build(page: Page) -> None:
 # ---------------------------------------------------------------- handlers
 
 
-def look(desk: Desk, query: str, base: str, method: str, tag: str, chosen: str) -> tuple[Markup, Markup]:
-    found = library.list_adapters(desk.ws, desk.user, query, base=base, method=method, tag=tag)
-    return shelf_of(found, chosen, bool(query or base or method or tag)), trash_of(desk)
+def look(desk: Desk, *values: str) -> tuple[Markup, Markup]:
+    """What passes the filters, and the trash. Values: query, base, method, tag, the chosen adapter."""
+    query, base, method, tag, chosen = values
+    found = library.list_adapters(desk.ws, desk.user, query or "", base=base, method=method, tag=tag)
+    return shelf_of(found, chosen, any(values[:4])), trash_of(desk)
 
 
 def choices(desk: Desk) -> list[Any]:

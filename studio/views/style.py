@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gradio.themes import Default
+from gradio.themes import Base, Default
 from gradio.themes.utils import colors, sizes
 
 CSS = Path(__file__).with_name("studio.css").read_text(encoding="utf-8")
@@ -13,7 +13,7 @@ _SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "s
 _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 
-def theme() -> Default:
+def theme() -> Base:
     made = Default(
         primary_hue=colors.teal,
         secondary_hue=colors.teal,

@@ -180,7 +180,7 @@ def review(desk: Desk, *values: Any) -> Markup:
 
 
 def fill(desk: Desk, *values: Any) -> Markup:
-    form = dict(zip(FORM, values, strict=True))
+    form: dict[str, Any] = dict(zip(FORM, values, strict=True))
     return advanced_of(form["method"], form["advanced"], _usual(desk, form))
 
 
