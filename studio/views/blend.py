@@ -66,7 +66,8 @@ def build(page: Page) -> None:
 
 def open_(desk: Desk) -> Any:
     choices = available(desk)
-    form: dict[str, Any] = {name: 1.0 for name in FORM if name.startswith("weight")} | {
+    weights = {name: 1.0 for name in FORM if name.startswith("weight")}
+    form: dict[str, Any] = weights | {
         "chosen": [], "kind": "svd", "options": {}, "prompt": "", "seed": 0, "model": "embedded", "name": "",
     } | drafts.load(desk.ws, desk.user, "blend")  # fmt: skip
     form["chosen"] = [reference for reference in form["chosen"] if reference in [key for _, key in choices]]

@@ -75,9 +75,11 @@ def build(page: Page) -> None:
 # ---------------------------------------------------------------- handlers
 
 
-def look(desk: Desk, query: str, base: str, method: str, tag: str, chosen: str) -> tuple[Markup, Markup]:
-    found = library.list_adapters(desk.ws, desk.user, query, base=base, method=method, tag=tag)
-    return shelf_of(found, chosen, bool(query or base or method or tag)), trash_of(desk)
+def look(desk: Desk, *values: str) -> tuple[Markup, Markup]:
+    """What passes the filters, and the trash. Values: query, base, method, tag, the chosen adapter."""
+    query, base, method, tag, chosen = values
+    found = library.list_adapters(desk.ws, desk.user, query or "", base=base, method=method, tag=tag)
+    return shelf_of(found, chosen, any(values[:4])), trash_of(desk)
 
 
 def choices(desk: Desk) -> list[Any]:
@@ -103,7 +105,7 @@ def save(desk: Desk, adapter: str, name: str, trigger: str, tags: str, *filters:
     library.set_trigger(desk.ws, desk.user, adapter, trigger)
     library.set_tags(desk.ws, desk.user, adapter, [tag for tag in tags.split(",") if tag.strip()])
     gr.Info("The card is saved.")
-    return show(desk, adapter)[1], *look(desk, *filters, adapter)  # pyright: ignore[reportCallIssue]
+    return show(desk, adapter)[1], *look(desk, *filters, adapter)
 
 
 def throw_away(desk: Desk, adapter: str) -> str:
@@ -114,13 +116,13 @@ def throw_away(desk: Desk, adapter: str) -> str:
 
 def restore(desk: Desk, data: dict[str, Any], *filters: str) -> Any:
     adapter = library.restore(desk.ws, desk.user, data.get("adapter")).id
-    return adapter, *look(desk, *filters, adapter)  # pyright: ignore[reportCallIssue]
+    return adapter, *look(desk, *filters, adapter)
 
 
 def bring_in(desk: Desk, paths: list[str], *filters: str) -> Any:
     reports = library.import_files(desk.ws, desk.user, desk.own(paths))
     newest = next((report.adapter for report in reports if report.adapter), None)
-    return imported(reports), None, newest or gr.skip(), *look(desk, *filters, newest or "")  # pyright: ignore[reportCallIssue]
+    return imported(reports), None, newest or gr.skip(), *look(desk, *filters, newest or "")
 
 
 def start_export(desk: Desk, adapter: str, to: str, rank: int | None) -> str:

@@ -56,7 +56,7 @@ def page(browser, request: pytest.FixtureRequest) -> Iterator[Page]:
 
 def _left(text: str) -> bool:
     """Whether it is the end of a stream whose page was left."""
-    return "abort" in text.lower() or "Failed to fetch" in text or "network error" in text
+    return "abort" in text.lower() or "Failed to fetch" in text or "network error" in text or "errored out" in text
 
 
 def _ours(url: str) -> bool:
@@ -103,7 +103,8 @@ def test_train_to_library_to_blend_to_compare(page, studio):
     expect(page.locator("#library-detail h3")).to_have_text("my robot")
 
     visit(page, studio, "tab=blend")
-    for name in ("my robot", "ink"):
+    expect(page.locator("#blend-kinds .kinds label")).to_have_count(14)
+    for name in ("my robot", "Ink"):
         page.locator("#blend-adapters input").click()
         page.locator("#blend-adapters input").fill(name)
         page.get_by_role("option", name=re.compile(name)).first.click()
@@ -143,7 +144,7 @@ def test_what_is_typed_survives_a_reload(page, studio):
 def test_a_mistake_is_told_in_plain_words(page, studio):
     visit(page, studio, "tab=blend")
     page.locator("#blend-save").click()
-    expect(page.get_by_text("That did not work").first).to_be_visible()
+    expect(page.get_by_role("alert").filter(has_text="choose 2 to 4 adapters").first).to_be_visible()
     expect(page.get_by_text("Traceback")).to_have_count(0)
 
 
