@@ -142,9 +142,11 @@ def test_what_is_typed_survives_a_reload(page, studio):
 
 
 def test_a_mistake_is_told_in_plain_words(page, studio):
-    visit(page, studio, "tab=blend")
-    page.locator("#blend-save").click()
-    expect(page.get_by_role("alert").filter(has_text="choose 2 to 4 adapters").first).to_be_visible()
+    visit(page, studio, "tab=system")
+    page.locator("#system-source textarea, #system-source input").fill("no such model")
+    page.locator("#system-add").click()
+    expect(page.get_by_text("neither a folder on this machine nor a hub id").first).to_be_visible()
+    expect(page.locator("#system-source textarea, #system-source input")).to_have_value("no such model")
     expect(page.get_by_text("Traceback")).to_have_count(0)
 
 
