@@ -17,6 +17,7 @@ expect, Page = playwright.expect, playwright.Page
 expect.set_options(timeout=30_000)  # of two busy cores
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
+    pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt-get install chromium"),
     pytest.mark.filterwarnings("ignore"),
 ]
