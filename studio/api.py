@@ -9,8 +9,9 @@ Whatever makes pictures or adapters is a job: it answers with an id, and `status
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 import gradio as gr
 
@@ -107,9 +108,6 @@ def _public(binder: Binder, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _signed(run: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
     """`run` under the name, types and defaults of `function`, from which Gradio makes its form of the interface."""
-    import inspect
-    from typing import get_type_hints
-
     types = get_type_hints(function)
     own = [p.replace(annotation=types[p.name]) for p in inspect.signature(function).parameters.values()]
     asking = inspect.Parameter("request", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=gr.Request)

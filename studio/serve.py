@@ -3,10 +3,13 @@ once."""
 
 from __future__ import annotations
 
+import asyncio
 import getpass
+import logging
 import os
 import socket
 import sys
+from pathlib import Path
 
 from .config import StudioConfig, is_loopback
 from .errors import StudioError
@@ -40,6 +43,7 @@ def serve(config: StudioConfig) -> None:
         f"Veneer Studio: http://{host}:{port}  (data in {workspace.root}; Ctrl+C ends it, trainings go on)", flush=True
     )
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, server_header=False))
+    logging.getLogger("uvicorn.error").addFilter(_is_worth_telling)
     server.run(sockets=[listening])
 
 
@@ -49,6 +53,11 @@ def prepare_environment(workspace: Workspace) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(workspace.temporary / "uploads")
     os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost"]))
+
+
+def _is_worth_telling(record: logging.LogRecord) -> bool:
+    """Not that pages were open when the studio ended."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def _listen(config: StudioConfig) -> socket.socket:
@@ -64,7 +73,7 @@ def _listen(config: StudioConfig) -> socket.socket:
     return listening
 
 
-def _users_file(config: StudioConfig):
+def _users_file(config: StudioConfig) -> Path:
     assert config.users is not None
     config.users.parent.mkdir(parents=True, exist_ok=True)
     return config.users
