@@ -9,7 +9,7 @@ import secrets
 from pathlib import Path
 
 from .errors import StudioError
-from .workspace import Workspace, locked, read_json, write_json
+from .workspace import ME, Workspace, locked, read_json, write_json
 
 MIN_PASSWORD = 8
 """Characters. Length is what makes guessing slow; the login throttles as well."""
@@ -57,6 +57,8 @@ def read_users(path: Path) -> dict[str, str]:
 def add_user(path: Path, name: str, password: str) -> None:
     """Add a user, or give a new password, which logs the user out everywhere."""
     Workspace(Path()).user(name)  # a name that can be a folder's
+    if name == ME:
+        raise StudioError(f"{ME!r} is who uses the studio without a login. Choose another name.")
     if len(password) < MIN_PASSWORD:
         raise StudioError(f"The password has {len(password)} characters; use at least {MIN_PASSWORD}.")
     with locked(path.with_name(path.name + ".lock")):

@@ -13,8 +13,8 @@ from pathlib import Path
 from ...core.header import read_header
 from ...diffusion.base import BaseModel
 from ...diffusion.families import EMBEDDED, FAMILIES
-from ..errors import NotFound, StudioError
-from ..workspace import Workspace, locked, read_json, write_json
+from ..errors import NotFound, PermissionDenied, StudioError
+from ..workspace import ME, Workspace, locked, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,14 @@ def source_of(ws: Workspace, name: object) -> str:
     raise NotFound(f"There is no model {str(name)[:80]!r} here. Choose one from the list, or add it under System.")
 
 
-def add(ws: Workspace, source: str, name: str = "") -> Model:
+def add(ws: Workspace, user: str, source: str, name: str = "") -> Model:
     """Add a model: a diffusers pipeline's folder, or a hub id such as owner/name that is on this machine already.
 
     Raises:
         StudioError: it is not there, damaged, of a kind that cannot be trained, or its name is taken.
+        PermissionDenied: somebody who logged in over the network names paths of this machine.
     """
+    _only_at_home(user)
     source = source.strip()
     path = Path(source).expanduser()
     if path.is_file():
@@ -70,8 +72,9 @@ def add(ws: Workspace, source: str, name: str = "") -> Model:
     return model
 
 
-def remove(ws: Workspace, name: str) -> None:
-    """Take a model off the list; its files stay."""
+def remove(ws: Workspace, user: str, name: str) -> None:
+    """Take a model off the list; its files stay. Not for those who logged in."""
+    _only_at_home(user)
     if name == EMBEDDED:
         raise StudioError("The built-in model cannot be removed.")
     source_of(ws, name)
@@ -84,6 +87,14 @@ def _name(text: str) -> str:
     if not name or len(name) > 60 or not name.isprintable():
         raise StudioError("A model's name has 1 to 60 letters. Type one.")
     return name
+
+
+def _only_at_home(user: str) -> None:
+    if user != ME:
+        raise PermissionDenied(
+            "With several people, whoever runs the studio keeps the list of base models. Ask them to start it once "
+            "without --users and to change the list there."
+        )
 
 
 def _refuse_file(path: Path) -> None:

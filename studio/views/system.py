@@ -38,13 +38,13 @@ def look(desk: Desk) -> tuple[Markup, Markup]:
 
 
 def add_model(desk: Desk, source: str, name: str) -> Any:
-    model = models.add(desk.ws, source, name)
+    model = models.add(desk.ws, desk.user, source, name)
     gr.Info(f"{model.name} can be chosen under Train, Blend and Compare.")
     return models_of(models.list_models(desk.ws)), "", ""
 
 
 def remove(desk: Desk, data: Mapping[str, Any]) -> Markup:
-    models.remove(desk.ws, str(data.get("model")))
+    models.remove(desk.ws, desk.user, str(data.get("model")))
     return models_of(models.list_models(desk.ws))
 
 
