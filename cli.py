@@ -103,7 +103,7 @@ def _run(name: str, arguments: list[str]) -> None:
         arguments = [*flags(config_class, _read_yaml(Path(from_file))), *arguments]  # later flags win
     config = _parse(f"veneer {name}", config_class, arguments)
     if print_only:
-        from .diffusion.settings import to_yaml
+        from .core.runs.settings import to_yaml
 
         print(to_yaml(config), end="")
     else:

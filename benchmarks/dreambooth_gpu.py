@@ -28,9 +28,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusi
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+from veneer.core.runs.events import Done, Step
 from veneer.diffusion import DreamBooth, DreamBoothConfig
 from veneer.diffusion.config import AdapterOptions
-from veneer.diffusion.events import Done, Step
 from veneer.diffusion.families import EMBEDDED_PATH, load_pipeline
 
 UNET_TARGETS, TEXT_TARGETS = ["to_q", "to_v"], ["q_proj", "v_proj"]

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 from ..lazy import face
 
 if TYPE_CHECKING:
-    from .config import AdapterOptions, ConfigError, DreamBoothConfig
+    from ..core.runs.events import Checkpoint, Done, Event, Notice, Progress, Step, Stopped
+    from ..core.runs.followers import ProgressBar
+    from ..core.runs.settings import ConfigError
+    from ..core.runs.trainer import TrainingError
+    from .config import AdapterOptions, DreamBoothConfig
     from .convert import ConvertConfig, convert_adapter
     from .dreambooth import DreamBooth
-    from .events import Checkpoint, Done, Event, Notice, Plan, Progress, ProgressBar, Sample, Step, Stopped
+    from .events import Plan, Sample
     from .families import family_of, load_pipeline
     from .grid import contact_sheet
     from .images import DataError
@@ -30,26 +34,25 @@ if TYPE_CHECKING:
         set_weights,
     )
     from .sample import generate_each
-    from .trainer import TrainingError
 
 _HOME = {
     "AdapterOptions": "config",
-    "Checkpoint": "events",
-    "ConfigError": "config",
+    "Checkpoint": ".core.runs.events",
+    "ConfigError": ".core.runs.settings",
     "ConvertConfig": "convert",
     "DataError": "images",
-    "Done": "events",
+    "Done": ".core.runs.events",
     "DreamBooth": "dreambooth",
     "DreamBoothConfig": "config",
-    "Event": "events",
-    "Notice": "events",
+    "Event": ".core.runs.events",
+    "Notice": ".core.runs.events",
     "Plan": "events",
-    "Progress": "events",
-    "ProgressBar": "events",
+    "Progress": ".core.runs.events",
+    "ProgressBar": ".core.runs.followers",
     "Sample": "events",
-    "Step": "events",
-    "Stopped": "events",
-    "TrainingError": "trainer",
+    "Step": ".core.runs.events",
+    "Stopped": ".core.runs.events",
+    "TrainingError": ".core.runs.trainer",
     "adapted_models": "pipeline",
     "contact_sheet": "grid",
     "convert_adapter": "convert",

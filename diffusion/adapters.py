@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from ..core import AdaptedModel, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
-from .config import AdapterOptions, ConfigError
+from ..core.runs.random_state import derived_seed
+from ..core.runs.settings import ConfigError
+from ..core.runs.trainer import ADAPTER
+from .config import AdapterOptions
 from .families import Component, Family
-from .random_state import derived_seed
-
-ADAPTER = "default"
-"""Name of the adapter in training."""
 
 Adapters = dict[str, tuple[PeftConfig, dict[str, Tensor]]]
 """Component -> (config, tensors by module path): what every file dialect reads and writes."""

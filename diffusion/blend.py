@@ -7,9 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from .config import ConfigError
+from ..core.runs.settings import ConfigError, to_yaml
 from .generate import DrawOptions
-from .settings import to_yaml
 from .weighted import Weighted, parse_weighted
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.runs.random_state import derived_seed
 from .data import Example, image_views
 from .images import read_image
-from .random_state import derived_seed
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 
 from ..core.atomic import atomic
 from ..core.files import write_text
+from ..core.runs.events import Progress
 from .config import DreamBoothConfig
-from .events import Progress
 from .images import DataError, find_files
 from .sample import generate_each
 

@@ -8,13 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-
-
-class ConfigError(ValueError):
-    """A setting, or a combination of settings, that cannot work; one line a problem."""
+from ..core.runs.config import RunConfig, own_fields_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +55,9 @@ class AdapterOptions:
             yield f"{name}.dropout={self.dropout} must be at least 0 and below 1"
 
 
+@own_fields_first
 @dataclass(frozen=True, kw_only=True)
-class DreamBoothConfig:
+class DreamBoothConfig(RunConfig):
     """Teach a diffusion pipeline a subject or a style from a few images.
 
     Running the same output directory again resumes it where it stopped, or says that it is complete.
@@ -112,42 +109,9 @@ class DreamBoothConfig:
     """Optimizer steps, at least 1. 100 an image is a fair start; a run can be prolonged later."""
     train_batch_size: int = 1
     """Images of the subject in one forward pass (per process), plus as many of the class."""
-    gradient_accumulation_steps: int = 1
-    """Forward passes per optimizer step: a larger batch without more memory."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about 40% slower, a third to a half less memory."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Number format of the frozen weights and of activations; adapters stay float32. bf16 halves the memory on recent
-    hardware, fp16 on older."""
-    lr_scheduler: Schedule = "constant"
-    """How the learning rates change over the run. Constant lets a run be prolonged without changing its past."""
-    lr_warmup_steps: int = 0
-    """Steps over which the rates rise from 0."""
-    lr_num_cycles: int = 1
-    """Restarts of `cosine_with_restarts`."""
-    lr_power: float = 1.0
-    """Exponent of `polynomial`."""
-    adam_beta1: float = 0.9
-    """Decay of the mean of gradients, 0 to 1."""
-    adam_beta2: float = 0.999
-    """Decay of the mean of squared gradients, 0 to 1."""
-    adam_weight_decay: float = 1e-2
-    """Decay of the adapter's weights towards 0 (no change), relative to the learning rate."""
-    adam_epsilon: float = 1e-8
-    """Keeps AdamW from dividing by zero."""
-    max_grad_norm: float = 1.0
-    """Gradients of all components together are scaled down to this length; 0 switches it off."""
     snr_gamma: float | None = None
     """Min-SNR loss weighting; 5 is the paper's and often learns faster on epsilon models. Off by default: DreamBooth's
     plain error, so that runs compare with those of other trainers."""
-    seed: int = 0
-    """Decides everything random: adapter, order of images, noise, class images, samples. Every step's draws depend only
-    on the seed and the step's number, which is why a resumed run equals an undisturbed one."""
-    allow_tf32: bool = False
-    """Faster, slightly less exact float32 products on NVIDIA GPUs since Ampere."""
-    device: Literal["auto", "cpu"] = "auto"
-    """Where to train: the accelerator that this process was launched for, or the CPU all the same."""
-
     sample_prompts: tuple[str, ...] = ()
     """Prompts drawn at step 0, every `sample_every` steps and at the end. Not given, the instance prompt."""
     sample_seeds: tuple[int, ...] = (0, 1)
@@ -162,23 +126,17 @@ class DreamBoothConfig:
     """How closely samples and class images follow their prompt. Not given, the family's: 7.5, or 3 for the embedded
     pipeline."""
 
-    checkpointing_steps: int = 100
-    """Steps between checkpoints, at least 1."""
-    checkpoints_total_limit: int = 2
-    """How many checkpoints are kept, the newest; at least 1."""
-
     def adapters(self) -> dict[str, AdapterOptions]:
         """The components that are to be trained."""
         asked = {"unet": self.unet, "text_encoder": self.text_encoder}
         return {name: options for name, options in asked.items() if options.method != "none"}
 
-    def validate(self) -> None:
-        """Raise `ConfigError` with a line for everything that cannot work."""
-        found = list(self._problems())
-        if found:
-            raise ConfigError("\n".join(found))
+    @classmethod
+    def may_change(cls) -> frozenset[str]:
+        return super().may_change() | {"sample_prompts", "sample_seeds", "sample_every", "sample_batch_size"}
 
-    def _problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
         if not self.adapters():
             yield "nothing to train: both unet.method and text_encoder.method are none"
         for name, options in self.adapters().items():
@@ -187,42 +145,11 @@ class DreamBoothConfig:
             yield "instance_prompt is empty"
         if not Path(self.instance_data_dir).is_dir():
             yield f"instance_data_dir={self.instance_data_dir} is not a folder"
-        for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name)} must be at least 1"
-        for name in _NOT_NEGATIVE:
-            if getattr(self, name) < 0:
-                yield f"{name}={getattr(self, name)} must not be negative"
+        yield from self.below(1, "num_class_images", "views", "sample_steps", "sample_batch_size")
+        yield from self.below(0, "prior_loss_weight", "sample_every")
         if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
             yield f"resolution={self.resolution} must be a positive multiple of 8"
         if self.snr_gamma is not None and self.snr_gamma <= 0:
             yield f"snr_gamma={self.snr_gamma} must be positive"
         if self.class_data_dir is not None and self.class_prompt is None:
             yield "class_data_dir is given without class_prompt"
-
-
-_AT_LEAST_ONE = (
-    *("num_class_images", "views", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
-    *("sample_steps", "sample_batch_size", "checkpointing_steps", "checkpoints_total_limit"),
-)
-_NOT_NEGATIVE = ("prior_loss_weight", "lr_warmup_steps", "max_grad_norm", "sample_every", "seed")
-
-MAY_CHANGE = frozenset(
-    {
-        *("output_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "device"),
-        *("sample_prompts", "sample_seeds", "sample_every", "sample_batch_size"),
-    }
-)
-"""Fields that a rerun of the same directory may change: they do not alter what the steps already done have learnt."""
-
-
-def differing_fields(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """`name: before -> now` for all fields that a rerun must not change; nested configs by dotted name."""
-    lines = []
-    for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += differing_fields(old, new, f"{prefix}{name}.")
-        elif old != new and prefix + name not in MAY_CHANGE:
-            lines.append(f"{prefix}{name}: {old!r} -> {new!r}")
-    return lines

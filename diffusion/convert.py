@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
+from ..core.runs.settings import ConfigError
 from .base import BaseModel
-from .config import ConfigError
 from .dialects.methods import is_full_lokr
 from .dialects.peft_plan import component_folders
 from .inspect import adapters_at, look_into

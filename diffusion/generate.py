@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .settings import to_yaml
+from ..core.runs.settings import to_yaml
 from .weighted import parse_weighted
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from tyro.conf import Positional
 
 from ..core.errors import AdapterFileError, one_line
 from ..core.files import WEIGHTS_NAME
+from ..core.runs.settings import plain
 from .base import BaseModel
 from .dialects.architectures import Table
 from .dialects.canonical import CONFIGS, Entry, Header, Plan
@@ -26,7 +27,6 @@ from .dialects.names import Names, families, family_names
 from .dialects.peft_plan import component_folders, peft_header, plan_peft
 from .dialects.plan import plan
 from .families import EMBEDDED
-from .settings import plain
 from .verdicts import WHOLE, Verdict, is_tucker, verdicts
 
 SHOWN = 8

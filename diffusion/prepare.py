@@ -15,15 +15,17 @@ from typing import Any
 import torch
 
 from ..core import AdaptedModel
-from .adapters import ADAPTER, attach
+from ..core.runs.events import Event, Notice, Progress
+from ..core.runs.place import Place
+from ..core.runs.settings import ConfigError
+from ..core.runs.trainer import WEIGHT_DTYPES, Trainer
+from .adapters import attach
 from .cache import Latents, Prompts, encode_latents
 from .class_images import class_folder, class_recipe, draw_class_images, missing_class_images
-from .config import ConfigError, DreamBoothConfig
+from .config import DreamBoothConfig
 from .data import Example, ImageFolder, scan
-from .events import Event, Notice, Progress
+from .denoising import Denoising, TrainingSet
 from .families import Family, family_of, load_pipeline, native_resolution, noise_schedule
-from .place import Place
-from .trainer import WEIGHT_DTYPES, Trainer, TrainingSet
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Prepared:
     pipe: Any
     family: Family
     resolution: int
-    adapted: dict[str, AdaptedModel]
+    task: Denoising
     trainer: Trainer
 
     @contextmanager
@@ -81,10 +83,8 @@ def prepare(config: DreamBoothConfig, place: Place) -> Generator[Event, None, Pr
         name: options.learning_rate or family.components[name].learning_rate
         for name, options in config.adapters().items()
     }
-    parameters = {name: model.parameters_of(ADAPTER) for name, model in adapted.items()}
-    denoiser, schedule = getattr(pipe, family.denoiser), noise_schedule(pipe)
-    trainer = Trainer(config, denoiser, schedule, parameters, rates, sets, conditions, place)
-    return Prepared(pipe, family, resolution, adapted, trainer)
+    task = Denoising(config, getattr(pipe, family.denoiser), noise_schedule(pipe), sets, conditions, place.device)
+    return Prepared(pipe, family, resolution, task, Trainer(config, adapted, rates, task, place))
 
 
 def move(pipe: Any, names: Iterable[str], device: torch.device) -> None:

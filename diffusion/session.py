@@ -1,133 +1,58 @@
-"""The training loop: step, sample, save, until the end or until asked to stop."""
+"""A DreamBooth run's own part of the training loop: samples, and what its adapters are written as."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..core.atomic import atomic, atomic_folder
-from ..core.files import load_adapter
-from .adapters import ADAPTER, trained
+from ..core.runs.directory import RunDirectory
+from ..core.runs.events import Event, Notice
+from ..core.runs.requests import Requests
+from ..core.runs.session import Session
+from ..core.runs.settings import plain, to_yaml
+from .adapters import trained
 from .config import DreamBoothConfig
 from .dialects.diffusers_file import FILE_NAME
 from .dialects.peft_dir import write_peft_dir
-from .events import Checkpoint, Done, Event, Notice, Plan, Sample, Stopped
+from .events import Plan, Sample
 from .grid import contact_sheet
 from .pipeline import save_adapter
-from .place import Place
 from .prepare import Prepared
-from .requests import Requests, taken
-from .run_directory import RunDirectory
 from .sample import generate_each
-from .settings import plain, to_yaml
-from .trainer import TrainingError
-
-_STATE = "training.pt"
 
 
-class Session:
-    """One call of a run, from where its directory stands."""
+class DreamBoothSession(Session):
+    """One call of a DreamBooth run."""
 
-    def __init__(
-        self,
-        config: DreamBoothConfig,
-        directory: RunDirectory,
-        prepared: Prepared,
-        place: Place,
-        requests: Requests,
-    ):
-        self.config, self.directory, self.place = config, directory, place
-        self.prepared, self.trainer, self.adapted = prepared, prepared.trainer, prepared.adapted
-        self.requests = requests
-        self.started = time.perf_counter()
+    def __init__(self, config: DreamBoothConfig, directory: RunDirectory, prepared: Prepared, requests: Requests):
+        super().__init__(directory, prepared.trainer, requests)
+        self.dreambooth, self.prepared = config, prepared
 
-    def events(self) -> Iterator[Event]:
-        done = yield from self._resume()
-        if self.place.on_cuda:
-            torch.cuda.reset_peak_memory_stats(self.place.device)
-        yield self._plan(done)
-        if done == 0:
-            yield from self._sample(0)
-        try:
-            for step in range(done + 1, self.config.max_train_steps + 1):
-                yield self.trainer.step(step)
-                last, stopping = step == self.config.max_train_steps, self._stopping()
-                if taken(self.requests.sample) or last or self._sampling(step):
-                    yield from self._sample(step)
-                if taken(self.requests.save) or last or stopping or step % self.config.checkpointing_steps == 0:
-                    yield from self._save(step)
-                if stopping and not last:
-                    yield Stopped(step, self.directory.root)
-                    return
-        except TrainingError as error:
-            raise TrainingError(f"{error}. {self._kept()}") from None
-        yield from self._finish()
-
-    # ---------------------------------------------------------------- resume and stop
-
-    def _resume(self) -> Generator[Event, None, int]:
-        """Put adapters, optimizer and schedule back as the newest checkpoint has them; its step, or 0."""
-        step = self.directory.newest_step() or 0
-        if self.place.main:
-            self.directory.rewind(step)
-        if step:
-            folder = self.directory.checkpoint(step)
-            for name, model in self.adapted.items():
-                model.assign(ADAPTER, load_adapter(folder / name)[1])
-            state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
-            for name in self.trainer.load_state_dict(state):
-                yield Notice(f"the {name} images or their prompts have changed since step {step}")
-        self.place.wait()
-        return step
-
-    def _save(self, step: int) -> Iterator[Event]:
-        if not self.place.main:
-            return
-        with self.directory.new_checkpoint(step, self.config.checkpoints_total_limit) as folder:
-            write_peft_dir(folder, trained(self.adapted), self._metadata(step))
-            torch.save(self.trainer.state_dict(), folder / _STATE)
-        yield Checkpoint(step, self.directory.checkpoint(step))
-
-    def _sampling(self, step: int) -> bool:
-        return self.config.sample_every > 0 and step % self.config.sample_every == 0
-
-    def _stopping(self) -> bool:
-        """Whether any process was asked to stop; all stop after the same step."""
-        asked = self.requests.stop.is_set()
-        if self.place.processes == 1:
-            return asked
-        return self.place.mean(torch.tensor(float(asked), device=self.place.device)).item() > 0
-
-    def _kept(self) -> str:
-        step = self.directory.newest_step()
-        return "No checkpoint was saved yet" if step is None else f"Kept: {self.directory.checkpoint(step)}"
-
-    # ---------------------------------------------------------------- what is told and written
-
-    def _plan(self, done: int) -> Plan:
-        sizes = {group.name: len(group.latents) for group in self.trainer.sets}
+    def plan(self, **known: Any) -> Plan:
+        task = self.prepared.task
+        sizes = {group.name: len(group.latents) for group in task.sets}
         return Plan(
-            model=self.config.model,
+            model=self.dreambooth.model,
             family=self.prepared.family.name,
-            prediction_type=self.trainer.noise_schedule.config["prediction_type"],
+            prediction_type=task.noise_schedule.config["prediction_type"],
             resolution=self.prepared.resolution,
             instance_images=sizes["instance"],
             class_images=sizes.get("class", 0),
-            trainable={name: sum(p.numel() for p in group) for name, group in self.trainer.parameters.items()},
-            start_step=done,
-            max_train_steps=self.config.max_train_steps,
-            device=str(self.place.device),
+            **known,
         )
 
-    def _sample(self, step: int) -> Iterator[Event]:
-        config = self.config
+    def look_every(self) -> int:
+        return self.dreambooth.sample_every
+
+    def look(self, step: int) -> Iterator[Event]:
+        config = self.dreambooth
         wanted = [(p, s) for p in config.sample_prompts or (config.instance_prompt,) for s in config.sample_seeds]
-        if not wanted or not self.place.main:
+        if not wanted:
             return
         with self.prepared.whole_pipeline() as pipe:
             images = list(
@@ -149,21 +74,22 @@ class Session:
         sheet = write_sheet(self.directory.samples)
         yield Sample(step, sheet, tuple(sorted(folder.glob("*.png"))))
 
-    def _finish(self) -> Iterator[Event]:
-        step, root = self.config.max_train_steps, self.directory.root
-        peak = torch.cuda.max_memory_allocated(self.place.device) if self.place.on_cuda else None
-        if self.place.main:
-            if not save_adapter(root, trained(self.adapted), self._metadata(step)):
-                yield Notice(f"no {FILE_NAME}: diffusers' file format holds LoRA and DoRA only, without biases")
-            self.directory.finish(step)
-        yield Done(step, root, time.perf_counter() - self.started, peak)
+    def write_adapters(self, folder: Path, step: int) -> None:
+        write_peft_dir(folder, trained(self.trainer.models), self._metadata(step))
+
+    def adapter_folder(self, folder: Path, component: str) -> Path:
+        return folder / component
+
+    def finish(self, step: int) -> Iterator[Event]:
+        if not save_adapter(self.directory.root, trained(self.trainer.models), self._metadata(step)):
+            yield Notice(f"no {FILE_NAME}: diffusers' file format holds LoRA and DoRA only, without biases")
 
     def _metadata(self, step: int) -> dict[str, str]:
         """What an adapter should tell of itself. Local folders are nobody's business."""
-        recipe = {key: value for key, value in plain(self.config).items() if not key.endswith("_dir")}
+        recipe = {key: value for key, value in plain(self.dreambooth).items() if not key.endswith("_dir")}
         return {
-            "base_model": self.config.model,
-            "trigger": self.config.instance_prompt,
+            "base_model": self.dreambooth.model,
+            "trigger": self.dreambooth.instance_prompt,
             "steps": str(step),
             "recipe": to_yaml(recipe),
         }

@@ -54,7 +54,9 @@ def test_type_checkers_see_the_names_that_python_sees(folder):
     tree = ast.parse((ROOT / folder / "__init__.py").read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
-    seen = {alias.name: node.module or alias.name for node in imports for alias in node.names}
+    seen = {
+        alias.name: "." * (node.level - 1) + (node.module or alias.name) for node in imports for alias in node.names
+    }
     face = import_module(f"veneer.{folder}".rstrip("."))
     assert seen == face._HOME
     assert all(getattr(face, name) is not None for name in face._HOME)

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...diffusion.events import Checkpoint, Done, Event, Notice, Plan, Progress, Sample, Step, Stopped
-from ...diffusion.settings import plain
+from ...core.runs.events import Checkpoint, Done, Event, Notice, Progress, Step, Stopped
+from ...core.runs.settings import plain
+from ...diffusion.events import Plan, Sample
 from ..workspace import Workspace
 from .states import Flag, Record, State, asked, beat, flag_path
 from .store import Job

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...core.atomic import atomic
-from ...diffusion.events import Plan, Progress, Stopped
-from ...diffusion.settings import from_plain
+from ...core.runs.events import Plan, Progress, Stopped
+from ...core.runs.settings import from_plain
 from ..shelf import shelve
 from ..workspace import write_json
 from .task import Asked, Leaving, Task

@@ -18,10 +18,10 @@ from typing import Any
 from ...core.atomic import atomic_folder
 from ...core.files import CONFIG_NAME, WEIGHTS_NAME
 from ...core.header import PICKLED, read_header
+from ...core.runs.settings import plain
 from ...diffusion.dialects.peft_plan import component_folders
 from ...diffusion.families import EMBEDDED_PATH
 from ...diffusion.inspect import Report, inspect_adapter
-from ...diffusion.settings import plain
 from .. import safety
 from ..errors import NotFound, StudioError
 from ..shelf import PREVIEW

@@ -6,9 +6,7 @@ and what Duplicate fills the form with again.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
@@ -18,11 +16,11 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from ...cli import flags
-from ...diffusion import config as config_module
-from ...diffusion.config import AdapterOptions, ConfigError, DreamBoothConfig
+from ...core.runs.docs import field_docs
+from ...core.runs.settings import ConfigError, from_plain, plain
+from ...diffusion.config import AdapterOptions, DreamBoothConfig
 from ...diffusion.demo import STYLE_RATES, SUBJECT_RATES
 from ...diffusion.families import EMBEDDED
-from ...diffusion.settings import from_plain, plain
 from ..errors import StudioError
 
 if TYPE_CHECKING:
@@ -232,7 +230,7 @@ def _adapter_fields(method: str, part: str, title: str) -> Iterator[Field]:
 
 
 def _fields_of(cls: type, prefix: str, title: str) -> Iterator[Field]:
-    kinds, docs = get_type_hints(cls), _docs(cls.__name__)
+    kinds, docs = get_type_hints(cls), field_docs(cls)
     for field in dataclasses.fields(cls):
         form = _form(kinds[field.name])
         if form is None:
@@ -257,21 +255,6 @@ def _form(kind: Any) -> tuple[Any, tuple[str, ...]] | None:
         return "list", ()
     simple = {int: "int", float: "float", bool: "bool", str: "text", Path: "text"}
     return (simple[kind], ()) if kind in simple else None
-
-
-@cache
-def _docs(cls: str) -> dict[str, str]:
-    """The sentences under a config's fields. Python forgets them; the source has them."""
-    tree = ast.parse(inspect.getsource(config_module))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls)
-    found: dict[str, str] = {}
-    name = ""
-    for node in body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            name = node.target.id
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and name:
-            found[name] = " ".join(str(node.value.value).split())
-    return found
 
 
 # -------------------------------------------------------------------------------- what a form sends

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ...diffusion.settings import to_yaml
+from ...core.runs.settings import to_yaml
 from ..errors import NotFound, StudioError
 from ..jobs import store
 from ..shelf import shelve

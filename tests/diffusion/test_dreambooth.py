@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from veneer.core.runs.directory import RunDirectory
 from veneer.diffusion import (
     AdapterOptions,
     Checkpoint,
@@ -23,10 +24,9 @@ from veneer.diffusion import (
     Step,
     Stopped,
     TrainingError,
+    denoising,
     families,
-    trainer,
 )
-from veneer.diffusion.run_directory import RunDirectory
 
 NONE = AdapterOptions(method="none")
 SMALL = AdapterOptions(rank=2, learning_rate=1e-3)
@@ -219,13 +219,13 @@ def test_an_adapter_that_no_gradient_reaches_ends_the_run(make_config, monkeypat
 
 def test_nan_ends_the_run_and_keeps_the_last_checkpoint(make_config, monkeypatch):
     config = make_config(max_train_steps=4, checkpointing_steps=1)
-    real, calls = trainer.denoising_loss, []
+    real, calls = denoising.denoising_loss, []
 
     def breaks_at_step_3(*args):
         calls.append(1)
         return real(*args) * (float("nan") if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(trainer, "denoising_loss", breaks_at_step_3)
+    monkeypatch.setattr(denoising, "denoising_loss", breaks_at_step_3)
     with pytest.raises(TrainingError, match=r"the loss of step 3 is nan; .* Kept: .*step-000002"):
         run(config)
     kept = weights(config.output_dir / "checkpoints" / "step-000002")
@@ -279,7 +279,7 @@ def test_changed_images_are_told_on_resume(make_config, images):
     run(make_config())
     (images / "0.txt").write_text("a disc on white")
     notices = of(Notice, run(make_config(max_train_steps=3)))
-    assert [notice.message for notice in notices] == ["the instance images or their prompts have changed since step 2"]
+    assert [notice.message for notice in notices] == ["the instance data have changed since step 2"]
 
 
 def test_a_finished_run_says_so_and_can_be_prolonged(make_config, tmp_path):

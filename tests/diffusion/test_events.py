@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from veneer.core.runs.followers import EventFile
+from veneer.core.runs.random_state import derived_seed, shuffled
 from veneer.diffusion import Done, Notice, Plan, ProgressBar, Step, contact_sheet, generate_each, load_pipeline
-from veneer.diffusion.events import MetricsFile
-from veneer.diffusion.random_state import derived_seed, shuffled
 from veneer.diffusion.sample import SAMPLERS, generate, make_sampler
 
 
@@ -17,7 +17,7 @@ def step(number: int) -> Step:
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
-    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics = EventFile(tmp_path / "metrics.jsonl")
     metrics.truncate(3)
     for number in range(1, 6):
         metrics.write(step(number))
@@ -30,7 +30,18 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
 
 
 def test_the_progress_bar_shows_loss_and_returns_the_last_event(tmp_path, capsys):
-    plan = Plan("embedded", "tiny_sd", "v_prediction", 64, 5, 0, {"unet": 1000}, 0, 2, "cpu")
+    plan = Plan(
+        model="embedded",
+        family="tiny_sd",
+        prediction_type="v_prediction",
+        resolution=64,
+        instance_images=5,
+        class_images=0,
+        trainable={"unet": 1000},
+        start_step=0,
+        max_train_steps=2,
+        device="cpu",
+    )
     done = Done(2, tmp_path)
     assert ProgressBar().follow([plan, Notice("skipped x.png"), step(1), step(2), done]) is done
     said = "".join(capsys.readouterr())

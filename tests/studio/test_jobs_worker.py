@@ -16,7 +16,7 @@ from veneer.studio.workspace import Workspace, read_json
 
 WORKER = """
 import sys, time
-from veneer.diffusion.events import Progress
+from veneer.core.runs.events import Progress
 from veneer.studio.jobs import work, worker
 
 def draw(task, warm):

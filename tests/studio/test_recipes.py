@@ -7,9 +7,9 @@ import pytest
 from veneer import cli
 from veneer.core import combination_types
 from veneer.core.combinations.registry import REQUIRED
+from veneer.core.runs.settings import from_plain, plain
 from veneer.diffusion import DreamBoothConfig
 from veneer.diffusion.blend import CombineOptions
-from veneer.diffusion.settings import from_plain, plain
 from veneer.studio.errors import StudioError
 from veneer.studio.services import blending, estimates, recipes
 

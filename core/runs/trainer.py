@@ -1,4 +1,4 @@
-"""One optimizer step of DreamBooth, as a function of the step's number and of nothing else that is random."""
+"""One optimizer step, as a function of the step's number and of nothing else that is random."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from .cache import Latents, Prompts
-from .config import DreamBoothConfig
+from ..adapted import AdaptedModel
+from .config import RunConfig
 from .events import Step
-from .losses import denoising_loss, signal_to_noise, snr_weights, split_loss, training_target
 from .place import Place
-from .random_state import derived_seed, generator, shuffled
+from .random_state import derived_seed
+from .schedule import schedule
+
+ADAPTER = "default"
+"""Name of the adapter in training."""
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """By `mixed_precision`: of frozen weights and activations. Adapters, losses and optimizer stay float32."""
@@ -32,29 +34,19 @@ class TrainingError(RuntimeError):
     """The run cannot go on; what it has learnt until the last checkpoint is kept."""
 
 
-@dataclass(frozen=True)
-class TrainingSet:
-    """Latents of some images and the prompt of each."""
+class Task(Protocol):
+    """What a front end brings: something to minimise, batch by batch."""
 
-    name: str
-    latents: Latents
-    prompts: tuple[str, ...]
-    files: tuple[str, ...]
-    """Names of the images; with the prompts, how a resumed run tells that it sees the same set."""
+    def losses(self, batch_number: int) -> dict[str, Tensor]:
+        """Of batch `batch_number` of the run: scalars, of which `loss` is minimised and the others are its parts.
 
+        All draws follow from the number, so that a resumed run sees what an undisturbed one would.
+        """
+        ...
 
-@dataclass(frozen=True)
-class Batch:
-    """One forward pass: subject first, then its class."""
-
-    latents: Tensor
-    """(batch, channels, height, width)"""
-    noise: Tensor
-    """of the same shape"""
-    timesteps: Tensor
-    """(batch,) of int64"""
-    prompts: list[str]
-    instances: int
+    def data(self) -> dict[str, list[Any]]:
+        """What it learns from, by set: kept in checkpoints, where a resumed run tells whether it sees the same."""
+        ...
 
 
 class Trainer:
@@ -67,39 +59,25 @@ class Trainer:
 
     def __init__(
         self,
-        config: DreamBoothConfig,
-        denoiser: nn.Module,
-        noise_schedule: Any,
-        parameters: dict[str, list[nn.Parameter]],
+        config: RunConfig,
+        models: dict[str, AdaptedModel],
         learning_rates: dict[str, float],
-        sets: list[TrainingSet],
-        prompts: Prompts,
+        task: Task,
         place: Place,
     ):
-        from diffusers.optimization import get_scheduler
-
-        self.config, self.denoiser, self.parameters = config, denoiser, parameters
-        self.sets, self.prompts, self.place = sets, prompts, place
+        self.config, self.models, self.task, self.place = config, models, task, place
         self.device = place.device
-        self.noise_schedule = noise_schedule
-        self.noise_schedule.alphas_cumprod = self.noise_schedule.alphas_cumprod.to(self.device)
-        groups = [{"params": parameters[name], "lr": rate} for name, rate in learning_rates.items()]
+        self.parameters = {name: model.parameters_of(ADAPTER) for name, model in models.items()}
+        groups = [{"params": self.parameters[name], "lr": rate} for name, rate in learning_rates.items()]
         self.optimizer = torch.optim.AdamW(
             groups,
-            lr=max(learning_rates.values()),  # diffusers' polynomial schedule measures against this one
+            lr=max(learning_rates.values()),  # the polynomial schedule measures against this one
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,
             fused=self.device.type in ("cpu", "cuda"),  # hundreds of small tensors: one kernel instead of thousands
         )
-        self.lr_scheduler = get_scheduler(
-            config.lr_scheduler,
-            self.optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_train_steps,
-            num_cycles=config.lr_num_cycles,
-            power=config.lr_power,
-        )
+        self.lr_scheduler = schedule(config, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
         self.overflows = 0
         self.checked = False
@@ -138,40 +116,11 @@ class Trainer:
         for turn in range(accumulate):
             batch_number = ((number - 1) * accumulate + turn) * self.place.processes + self.place.process
             with _dropout_seeded(derived_seed(self.config.seed, "dropout", batch_number), self.device):
-                losses = self._losses(self.draw(batch_number))
+                losses = self.task.losses(batch_number)
                 self.scaler.scale(losses["loss"] / accumulate).backward()
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach() / accumulate
         return totals
-
-    def draw(self, batch_number: int) -> Batch:
-        """Batch `batch_number` of the run: images, latents, noise and timesteps, all on the CPU's generators."""
-        size, seed = self.config.train_batch_size, self.config.seed
-        random = generator(seed, "batch", batch_number)
-        latents, prompts = [], []
-        for group in self.sets:
-            images = shuffled(seed, group.name, len(group.latents), batch_number * size, size)
-            latents.append(group.latents.draw(images, random))
-            prompts += [group.prompts[i] for i in images.tolist()]
-        clean = torch.cat(latents)
-        noise = torch.randn(clean.shape, generator=random)
-        steps = self.noise_schedule.config["num_train_timesteps"]
-        timesteps = torch.randint(steps, (len(clean),), generator=random)
-        return Batch(clean.to(self.device), noise.to(self.device), timesteps.to(self.device), prompts, size)
-
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        """`loss` is what is minimised; the other entries are its parts."""
-        schedule, kind = self.noise_schedule, self.noise_schedule.config["prediction_type"]
-        noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
-        target = training_target(schedule, batch.latents, batch.noise, batch.timesteps)
-        noisy = noisy.to(WEIGHT_DTYPES[self.config.mixed_precision])
-        prediction = self.denoiser(noisy, batch.timesteps, **self.prompts.condition(batch.prompts)).sample
-        weights = None
-        if self.config.snr_gamma is not None:
-            weights = snr_weights(signal_to_noise(schedule, batch.timesteps), kind, self.config.snr_gamma)
-        errors = denoising_loss(prediction, target, weights)
-        total, parts = split_loss(errors, batch.instances, self.config.prior_loss_weight)
-        return {"loss": total, **parts}
 
     def _average_gradients(self) -> None:
         if self.place.processes == 1:
@@ -228,18 +177,15 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "data": self._data(),
+            "data": self.task.data(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> list[str]:
-        """Go on from `state`; returns the sets whose images or prompts are others than they were then."""
+        """Go on from `state`; returns the sets whose data are others than they were then."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.scaler.load_state_dict(state["scaler"])
-        return [name for name, now in self._data().items() if state["data"].get(name) != now]
-
-    def _data(self) -> dict[str, list[tuple[str, str]]]:
-        return {group.name: list(zip(group.files, group.prompts, strict=True)) for group in self.sets}
+        return [name for name, now in self.task.data().items() if state["data"].get(name) != now]
 
 
 _ADVICE = "lower the learning rates, or use mixed_precision bf16 or no, in a new output_dir"

@@ -1,52 +1,59 @@
-"""A run is a directory: its settings, metrics, samples, checkpoints, and in the end its adapter.
+"""A run is a directory: its settings, metrics, checkpoints, and in the end its adapter.
 
 config.yaml                 the settings; a rerun must agree with them
 metrics.jsonl               one line a step
-samples/step-000100/*.png   and samples/sheet.png
+evaluations.jsonl           one line a held-out evaluation, of runs that have them
+samples/step-000100/        what was drawn or written after those steps, likewise
 checkpoints/step-000100/    adapter, optimizer, schedule: whole or not there at all
-unet/, text_encoder/        the finished adapter, one PEFT directory a component
-pytorch_lora_weights.safetensors
-finished.json               how many steps that adapter has learnt
+finished.json               how many steps the finished adapter has learnt
+
+The finished adapter lies beside them, in the form of its front end.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from ..core.atomic import atomic_folder, remove_leftovers
-from ..core.files import write_text
-from .config import ConfigError, DreamBoothConfig, differing_fields
-from .events import MetricsFile
-from .settings import plain, to_yaml
+from ..atomic import atomic_folder, remove_leftovers
+from ..files import write_text
+from .config import RunConfig, differing_fields
+from .events import Evaluation, Event, Step
+from .followers import EventFile
+from .settings import ConfigError, plain, to_yaml
 
 
 class RunDirectory:
-    def __init__(self, root: Path):
-        self.root = Path(root)
+    """products: names that a finished adapter has in it, by which a directory without settings is told."""
+
+    def __init__(self, root: Path, products: Iterable[str] = ()):
+        self.root, self._products = Path(root), tuple(products)
         self.samples = self.root / "samples"
         self.checkpoints = self.root / "checkpoints"
-        self.metrics = MetricsFile(self.root / "metrics.jsonl")
+        self.logs = (
+            EventFile(self.root / "metrics.jsonl", Step),
+            EventFile(self.root / "evaluations.jsonl", Evaluation),
+        )
         self._config = self.root / "config.yaml"
         self._finished = self.root / "finished.json"
 
-    def check(self, config: DreamBoothConfig) -> None:
+    def check(self, config: RunConfig) -> None:
         """Refuse to mix two recipes, or to write among files that are not a run's. Writes nothing."""
         if self._config.exists():
             import yaml
 
             before = yaml.safe_load(self._config.read_text())
-            differing = differing_fields(before, plain(config))
+            differing = differing_fields(before, plain(config), config.may_change())
             if differing:
                 raise ConfigError(
                     f"{self.root} holds a run with other settings ({'; '.join(differing)}); "
                     "use the same settings to resume it, or another output_dir"
                 )
-        elif any((self.root / name).exists() for name in ("unet", "text_encoder", "checkpoints", "metrics.jsonl")):
+        elif any((self.root / name).exists() for name in (*self._products, "checkpoints", "metrics.jsonl")):
             raise ConfigError(f"{self.root} holds an adapter or a run without config.yaml; use another output_dir")
         steps = max(self.finished_step() or 0, self.newest_step() or 0)
         if config.max_train_steps < steps:
@@ -55,8 +62,13 @@ class RunDirectory:
                 "give at least as many, or use another output_dir"
             )
 
+    def log(self, event: Event) -> None:
+        """Append what happened to the files that keep it."""
+        for log in self.logs:
+            log.write(event)
+
     @contextmanager
-    def opened(self, config: DreamBoothConfig) -> Iterator[None]:
+    def opened(self, config: RunConfig) -> Iterator[None]:
         """Hold the directory for this process and store the settings; half-written leftovers are removed."""
         self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / ".lock").open("w") as lock:
@@ -86,7 +98,8 @@ class RunDirectory:
 
     def rewind(self, step: int) -> None:
         """Forget metrics and samples of steps that the newest checkpoint has not seen."""
-        self.metrics.truncate(step)
+        for log in self.logs:
+            log.truncate(step)
         for folder in self.samples.glob("step-*"):
             if int(folder.name.removeprefix("step-")) > step:
                 shutil.rmtree(folder)

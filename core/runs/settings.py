@@ -9,9 +9,11 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from .config import ConfigError
-
 T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting, or a combination of settings, that cannot work; one line a problem."""
 
 
 def plain(value: Any) -> Any:
