@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         get_peft_model_state_dict,
         inject_adapter_in_model,
         load_peft_weights,
+        mixed_batch,
         save_as_lora,
         set_adapter,
         set_peft_model_state_dict,
@@ -86,6 +87,7 @@ _HOME = {
     "inject_adapter_in_model": "core",
     "load_peft_weights": "core",
     "save_as_lora": "core",
+    "mixed_batch": "core",
     "set_adapter": "core",
     "set_peft_model_state_dict": "core",
 }

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         PeftWarning,
     )
     from .files import load_adapter, save_adapter
-    from .layer import AdaptedLayer, State
+    from .layer import AdaptedLayer
     from .methods import BaseTuner
     from .model import (
         PeftModel,
@@ -37,10 +37,13 @@ if TYPE_CHECKING:
         get_peft_model_state_dict,
         inject_adapter_in_model,
         load_peft_weights,
+        mixed_batch,
         set_adapter,
         set_peft_model_state_dict,
     )
+    from .rows import Rows
     from .sites import Site
+    from .state import State
     from .status import BaseTunerLayer, LoraLayer, ModulesToSaveWrapper, get_layer_status, get_model_status
     from .tuners.diag_oft import DiagOFTConfig
     from .tuners.full import FullConfig
@@ -87,8 +90,9 @@ _HOME = {
     "PeftType": "config",
     "PeftWarning": "errors",
     "Report": "combine",
+    "Rows": "rows",
     "Site": "sites",
-    "State": "layer",
+    "State": "state",
     "TaskType": "config",
     "Transform": "adapter",
     "blend": "combine",
@@ -105,6 +109,7 @@ _HOME = {
     "load_adapter": "files",
     "load_peft_weights": "model",
     "method": "adapter",
+    "mixed_batch": "model",
     "on_deltas": "combinations.registry",
     "on_factors": "combinations.registry",
     "save_adapter": "files",

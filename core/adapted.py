@@ -7,7 +7,6 @@ handles of one model agree.
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -22,8 +21,11 @@ from .attach import build_adapters, install, no_collection
 from .combine import Report, Sources, blend, find_combination
 from .config import PeftConfig
 from .errors import MergedError, PeftWarning
-from .layer import AdaptedLayer, State
+from .layer import AdaptedLayer
+from .rows import Rows, cast
+from .state import State
 from .targets import walk
+from .ties import note_untied, shared_parameters
 from .train import Trainability, TrainedBias, parameter_dicts, trained_biases
 from .tuners.lora import LoraConfig
 from .weights import Weight, resolve
@@ -131,13 +133,14 @@ class AdaptedModel(nn.Module):
         self._known(name)
         if name in self.state.merged:
             raise MergedError(f"adapter {name!r} is merged into the base weights: unmerge it before deleting it")
+        if self.state.rows is not None and name in self.state.rows.adapters:
+            raise ValueError(f"adapter {name!r} runs rows of the mixed batch that is on: delete it afterwards")
         with self.trainability.change():
             if name in self.state.active:
                 left = tuple(n for n in self.state.active if n != name)
                 rest = (n for n in self.configs if n != name)
                 self.state.choose(left or tuple(islice(rest, 1)), self.state.enabled)
-            self.state.trainable.discard(name)
-            del self.configs[name]
+            self.state.forget(name)
         for bias in self.state.biases.pop(name, {}).values():
             bias.restore()
         for layer in self.layers.values():
@@ -174,7 +177,7 @@ class AdaptedModel(nn.Module):
         """
         self._merge(names, weights, safe_merge, "none", progressbar)
         self._unwrap(lambda layer: layer.replacement(self.state.merged))
-        _note_untied(self.model)
+        note_untied(self.model)
         return self._forget_adapters()
 
     def _forget_adapters(self) -> nn.Module:
@@ -229,6 +232,28 @@ class AdaptedModel(nn.Module):
             yield
         finally:
             self.enable(before)
+
+    @contextmanager
+    def rows(self, names: Sequence[str], *, each: int = 1, tiled: int = 1) -> Iterator[None]:
+        """Run a mixed batch inside: row i through adapter `names[i]`, or the base model where that is "__base__".
+
+        Adapters that are disabled stay so. Those that may be trained are, each by its own rows.
+
+        Arguments:
+            each: layers may also see every row so many times in place (beams).
+            tiled: layers may also see the whole batch so many times over (classifier-free guidance).
+
+        Raises:
+            ValueError: an unknown adapter; when the model is called, a batch of another number of rows.
+            MergedError: adapters are merged.
+        """
+        rows = Rows(names, each, tiled)
+        for name in rows.adapters:
+            self._known(name)
+        learning = self.state.learning
+        with cast(self.model, self.state, rows):
+            self.trainability.catch_up(learning)
+            yield
 
     def set_trainable(self, names: str | Iterable[str], flag: bool = True) -> None:
         """Say which adapters may be trained; they are while they are active."""
@@ -404,7 +429,7 @@ class AdaptedModel(nn.Module):
         with ExitStack() as undo:
             new = self._check_merge(names, weights or {}, safe_merge, progressbar, undo)
             undo.callback(self._undo_partial_merge)
-            shared = _shared_parameters(self.model) if keep_original == "none" else set()
+            shared = shared_parameters(self.model) if keep_original == "none" else set()
             here = [layer for layer in self.layers.values() if layer.to_merge(new)]
             for layer in tqdm(here, "merging", disable=not progressbar, unit="layer"):
                 alone = shared.isdisjoint(map(id, layer.site.module._parameters.values()))
@@ -507,18 +532,3 @@ class AdaptedModel(nn.Module):
             if name == "model":
                 raise
             return getattr(self.model, name)
-
-
-def _note_untied(model: nn.Module) -> None:
-    """Have a transformers model whose tied weights a merge has parted not tie them again when it is loaded."""
-    config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
-        weights = {id(getattr(end, "weight", None)) for end in ends if end is not None}
-        config.tie_word_embeddings = len(weights) < 2  # type: ignore[union-attr]
-
-
-def _shared_parameters(model: nn.Module) -> set[int]:
-    """Ids of the parameters that several modules hold (tied weights)."""
-    counts = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    return {key for key, count in counts.items() if count > 1}

@@ -11,7 +11,8 @@ from torch import nn
 
 from .adapter import Adapter
 from .config import HEADS, PeftConfig, TaskType
-from .layer import AdaptedLayer, State
+from .layer import AdaptedLayer
+from .state import State
 from .targets import Place, inside, near, select
 from .tuners.copied import Copied
 
@@ -67,7 +68,7 @@ def build_adapters(
 
 
 def _layer_at(place: Place, state: State) -> AdaptedLayer:
-    return place.module if isinstance(place.module, AdaptedLayer) else AdaptedLayer(place.module, state)
+    return place.module if isinstance(place.module, AdaptedLayer) else AdaptedLayer(place.module, state, place.path)
 
 
 def _build(config: PeftConfig, layer: AdaptedLayer, path: str, autocast: bool, initialise: bool) -> Adapter:

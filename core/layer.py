@@ -1,146 +1,23 @@
-"""The wrapped layer, and the one object that says what is switched on."""
+"""The wrapped layer: a base layer, its adapters, and what is merged."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, Branch, Dense, Inner, wide
+from .adapter import Adapter, Dense, Inner, wide
 from .errors import MergedError
+from .kept import Kept
+from .mixed import Mixed
 from .sites import Site, find
-
-if TYPE_CHECKING:
-    from .config import PeftConfig
-    from .train import TrainedBias
-
-Names = tuple[str, ...]
+from .stack import Base, Stacked, fold, knows_strength
+from .state import Names, State
 
 TILE = 2**20
 """Entries of a weight that a merge works on at a time: few enough for a processor's cache, enough for full speed."""
-
-
-class State:
-    """What is switched on: one object per model, shared by all its layers.
-
-    Activity says nothing about gradients; `trainable` says which adapters may have them, and `train.py` turns both
-    into `requires_grad`.
-    """
-
-    def __init__(self) -> None:
-        self.active: Names = ()
-        self.enabled = True
-        self.running: Names = ()
-        """The adapters that the model's output shows, in order: the merged ones, else those active while enabled."""
-        self.merged: Names = ()
-        self.configs: dict[str, PeftConfig] = {}
-        self.trainable: set[str] = set()
-        self.biases: dict[str, dict[str, TrainedBias]] = {}
-        """Base biases that an adapter trains along, by adapter name."""
-
-    def choose(self, active: Names, enabled: bool = True) -> None:
-        """Run exactly these adapters.
-
-        Raises:
-            MergedError: some are merged into the weights, where no switch reaches them.
-        """
-        if self.merged and (active, enabled) != (self.active, self.enabled):
-            raise MergedError(
-                f"adapters {list(self.merged)} are merged into the base weights: call unmerge_adapter() before "
-                "changing which adapters are active"
-            )
-        self.active, self.enabled = active, enabled
-        self.running = active if enabled else ()
-
-    def merge(self, names: Names) -> None:
-        """Exactly these are in the weights: while there are any, they and no others run."""
-        self.merged = names
-        self.running = names or (self.active if self.enabled else ())
-
-
-class Base(Inner):
-    """The innermost layer of a stack."""
-
-    def __init__(self, module: Callable[[Tensor], Tensor], site: Site):
-        self.module, self.site = module, site
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.module(x)
-
-    def weights(self) -> tuple[Tensor, Tensor | None]:
-        return self.site.read()
-
-
-class Stacked(Inner):
-    """An adapter around the layer below it."""
-
-    def __init__(self, adapter: Adapter, inner: Inner):
-        self.adapter, self.inner = adapter, inner
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y = self.adapter.forward(x, self.inner)
-        strength = self.adapter.strength
-        if strength == 1.0 or isinstance(self.adapter, Branch):  # a branch applies its strength itself, for free
-            return y
-        return torch.lerp(self.inner(x), y, strength)
-
-    def weights(self) -> tuple[Tensor, Tensor | None]:
-        weight, bias = self.inner.weights()
-        return fold(self.adapter, wide(weight), None if bias is None else wide(bias))
-
-
-def fold(adapter: Adapter, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """`adapter.fold` at the adapter's strength."""
-    new_weight, new_bias = adapter.fold(weight, bias)
-    if _knows_strength(adapter):
-        return new_weight, new_bias
-    if new_bias is not None:
-        new_bias = torch.lerp(torch.zeros_like(new_bias) if bias is None else bias, new_bias, adapter.strength)
-    return torch.lerp(weight, new_weight, adapter.strength), new_bias
-
-
-def _knows_strength(adapter: Adapter) -> bool:
-    """Whether the adapter's own `fold` is right as it is: a branch multiplies its strength in."""
-    return adapter.strength == 1.0 or isinstance(adapter, Branch)
-
-
-class Kept:
-    """A parameter taken out of its module by a merge, to be put back as the very same bits.
-
-    `keep` says where it waits: "device" holds on to the parameter itself, "cpu" to a copy off the accelerator, "none"
-    to nothing. A parameter that somebody else still holds (a tied weight) is put back itself, which ties it again.
-    """
-
-    def __init__(self, parameter: nn.Parameter, keep: str):
-        self.requires_grad = parameter.requires_grad
-        stays = keep == "device" or (keep == "cpu" and parameter.device.type == "cpu")
-        self.parameter = parameter if stays else None
-        self.elsewhere = weakref.ref(parameter) if keep != "overwritten" else _nothing
-        self.copy = parameter.detach().to("cpu", copy=True) if keep == "cpu" and not stays else None
-
-    @property
-    def original(self) -> Tensor | None:
-        """The parameter, or its copy, or None if nothing was kept."""
-        found = (self.parameter, self.elsewhere(), self.copy)
-        return next((tensor for tensor in found if tensor is not None), None)
-
-    def restore(self, like: Tensor) -> nn.Parameter:
-        """The original on the device and in the dtype of `like`."""
-        original = self.original
-        assert original is not None
-        if isinstance(original, nn.Parameter) and (original.device, original.dtype) == (like.device, like.dtype):
-            return original
-        return nn.Parameter(original.detach().to(like), requires_grad=self.requires_grad)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"elsewhere": _nothing}
-
-
-def _nothing() -> None:
-    """Stands for a weak reference in a copy or a pickle."""
 
 
 class View(MutableMapping[str, Any]):
@@ -182,12 +59,14 @@ class AdaptedLayer(nn.Module):
     adapters: MutableMapping[str, Adapter]
     merged_adapters: list[str]
     _kept: dict[str, Kept | None]
-    _stacks: dict[Names, Callable[..., Any]]
+    path: str
+    """Where the model has it, for errors."""
+    _stacks: dict[Names | None, Callable[..., Any]]
 
-    def __init__(self, base_layer: nn.Module, state: State):
+    def __init__(self, base_layer: nn.Module, state: State, path: str = ""):
         super().__init__()
         self._modules.update(adapters=nn.ModuleDict(), base_layer=base_layer)  # there are thousands of layers
-        self.__dict__.update(state=state, merged_adapters=[], _kept={}, training=base_layer.training)
+        self.__dict__.update(state=state, path=path, merged_adapters=[], _kept={}, training=base_layer.training)
         self._describe_base()
 
     def _describe_base(self) -> None:
@@ -204,18 +83,24 @@ class AdaptedLayer(nn.Module):
     # ---------------------------------------------------------------- running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        running = self.state.running
-        stack = self._stacks.get(running)
+        plan = self.state.plan
+        stack = self._stacks.get(plan)
         if stack is None:
-            stack = self._compose(running)
+            stack = self._compose(plan)
         if len(args) == 1 and not kwargs:
             return stack(args[0])
-        return self._forward_general(running, args, kwargs)
+        return self._forward_general(plan, args, kwargs)
 
-    def _compose(self, names: Names) -> Callable[..., Any]:
-        """What runs for these adapters, remembered: a call then looks nothing up."""
-        stack = self._stack(names, self.base_layer)
-        self._stacks[names] = stack
+    def run(self, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer with these adapters, whatever the model's state."""
+        if names not in self._stacks:
+            self._compose(names)
+        return self._forward_general(names, args, kwargs)
+
+    def _compose(self, plan: Names | None) -> Callable[..., Any]:
+        """What runs for these adapters, or for rows, remembered: a call then looks nothing up."""
+        stack = Mixed(self) if plan is None else self._stack(plan, self.base_layer)
+        self._stacks[plan] = stack
         return stack
 
     def _stack(self, names: Names, module: Callable[..., Any]) -> Callable[..., Any]:
@@ -230,17 +115,17 @@ class AdaptedLayer(nn.Module):
             stack = Stacked(adapter, stack)
         return stack
 
-    def _forward_general(self, running: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _forward_general(self, plan: Names | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Called by keyword, or with arguments meant for the base layer."""
-        stack = self._stacks[running]
-        if not isinstance(stack, Stacked):
+        stack = self._stacks[plan]
+        if plan is None or not isinstance(stack, Stacked):
             return stack(*args, **kwargs)
         if args:
             x, extra = args[0], args[1:]
-            return self._stack(running, lambda x: self.base_layer(x, *extra, **kwargs))(x)
+            return self._stack(plan, lambda x: self.base_layer(x, *extra, **kwargs))(x)
         name = "input" if "input" in kwargs else next(iter(kwargs))
         x = kwargs.pop(name)
-        return self._stack(running, lambda x: self.base_layer(**{name: x}, **kwargs))(x)
+        return self._stack(plan, lambda x: self.base_layer(**{name: x}, **kwargs))(x)
 
     def forget(self) -> None:
         """Drop the remembered stacks, after adapters came, went or merged."""
@@ -292,7 +177,7 @@ class AdaptedLayer(nn.Module):
             for name in new:
                 self.merge((name,), keep, in_place)
             return
-        if all(a.by_rows and _knows_strength(a) for a in adapters):
+        if all(a.by_rows and knows_strength(a) for a in adapters):
             self._put("weight", self._folded_by_rows(stored["weight"], adapters, in_place), keep, in_place)
         else:
             old, old_bias = stored["weight"], stored.get("bias")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,23 @@ class PeftModel(AdapterMethods, nn.Module):
 
     # ---------------------------------------------------------------- the model
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model(*args, **kwargs)
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's own forward; `adapter_names` names an adapter, or "__base__", for every row of the batch."""
+        if adapter_names is None:
+            return self.base_model(*args, **kwargs)
+        with self.base_model.rows(adapter_names):
+            return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's own `generate`; `adapter_names` names an adapter, or "__base__", for every prompt."""
+        model: Any = self.get_base_model()
+        if adapter_names is None:
+            return model.generate(*args, **kwargs)
+        given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        config = given or model.generation_config
+        copies = [kwargs.get(k, getattr(config, k)) or 1 for k in ("num_beams", "num_return_sequences")]
+        with self.base_model.rows(adapter_names, each=max(copies)):
+            return model.generate(*args, **kwargs)
 
     def get_base_model(self) -> nn.Module:
         """The base model; its targeted layers are wrapped."""
@@ -319,6 +335,16 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode:
     handle.activate(*names)
     if inference_mode:
         handle.set_trainable(names, False)
+
+
+@contextmanager
+def mixed_batch(model: nn.Module, adapter_names: Sequence[str], *, each: int = 1, tiled: int = 1) -> Iterator[None]:
+    """Run row i of a batch through adapter `adapter_names[i]`, or "__base__", in any model that has adapters.
+
+    The arguments are those of `AdaptedModel.rows`.
+    """
+    with handle_of(model).rows(adapter_names, each=each, tiled=tiled):
+        yield
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:

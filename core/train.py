@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from .layer import AdaptedLayer, State
+from .layer import AdaptedLayer
+from .state import State
 from .targets import walk
 
 ParameterDicts = list[dict[str, Any]]
@@ -34,11 +35,6 @@ def parameter_dicts(layers: Iterable[AdaptedLayer], name: str) -> ParameterDicts
 _is_tensor = partial(operator.is_not, None)
 
 
-def learning(state: State) -> set[str]:
-    """The adapters whose parameters require grad."""
-    return state.trainable.intersection(state.running)
-
-
 class Trainability:
     """Keeps `requires_grad` in step with a `State`."""
 
@@ -49,19 +45,23 @@ class Trainability:
     def track(self, name: str, held: ParameterDicts) -> None:
         """Take charge of an adapter's parameters, which are frozen until it learns."""
         self.held[name] = held
-        self._set([name], name in learning(self.state))
+        self._set([name], name in self.state.learning)
 
     def refresh(self, name: str) -> None:
         """After some of its parameters were replaced by frozen ones."""
-        if name in learning(self.state):
+        if name in self.state.learning:
             self._set([name], True)
 
     @contextmanager
     def change(self):
         """Around any change of the state: afterwards, adapters whose outcome differs get it."""
-        before = learning(self.state)
+        before = self.state.learning
         yield
-        after = learning(self.state)
+        self.catch_up(before)
+
+    def catch_up(self, before: set[str]) -> None:
+        """After a change of the state, before which these adapters were learning."""
+        after = self.state.learning
         self._set(before - after, False)
         self._set(after - before, True)
 

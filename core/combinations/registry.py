@@ -26,8 +26,9 @@ from torch import Tensor
 
 from ..adapter import Adapter, Dense, wide
 from ..errors import NotMergeableError
-from ..layer import AdaptedLayer, fold
+from ..layer import AdaptedLayer
 from ..lowrank import LowRank, Truncation, truncate
+from ..stack import fold
 
 REQUIRED = Parameter.empty
 """Stands for the default of an option that has none."""

@@ -21,8 +21,8 @@ from veneer.core import (
     on_factors,
 )
 from veneer.core.combinations.registry import COMBINATIONS, REQUIRED, Part
-from veneer.core.layer import fold
 from veneer.core.lowrank import LowRank
+from veneer.core.stack import fold
 
 from .conftest import KINDS, build, each_case, each_matrix_case, make_config, stir
 

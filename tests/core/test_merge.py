@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from veneer.core import AdaptedModel, LoHaConfig, LoKrConfig, LoraConfig, MergedError, NotMergeableError, layer
 from veneer.core.adapter import Adapter
-from veneer.core.layer import fold
+from veneer.core.stack import fold
 
 from .conftest import METHODS, build, each_case, make_config, stir
 
