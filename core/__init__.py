@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .sites import Site
     from .state import State
     from .status import BaseTunerLayer, LoraLayer, ModulesToSaveWrapper, get_layer_status, get_model_status
+    from .steps import TrainingState, after_step, load_training_state, penalty, training_state
     from .tuners.diag_oft import DiagOFTConfig
     from .tuners.full import FullConfig
     from .tuners.glora import GLoraConfig
@@ -94,7 +95,9 @@ _HOME = {
     "Site": "sites",
     "State": "state",
     "TaskType": "config",
+    "TrainingState": "steps",
     "Transform": "adapter",
+    "after_step": "steps",
     "blend": "combine",
     "combination": "combinations.registry",
     "combination_types": "combinations",
@@ -108,14 +111,17 @@ _HOME = {
     "inject_adapter_in_model": "model",
     "load_adapter": "files",
     "load_peft_weights": "model",
+    "load_training_state": "steps",
     "method": "adapter",
     "mixed_batch": "model",
     "on_deltas": "combinations.registry",
     "on_factors": "combinations.registry",
+    "penalty": "steps",
     "save_adapter": "files",
     "save_as_lora": "convert",
     "set_adapter": "model",
     "set_peft_model_state_dict": "model",
+    "training_state": "steps",
 }
 
 __all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .adapter import Adapter
+from .adapter import Adapter, common_slots
 from .assign import LoadResult, assign
 from .attach import build_adapters, install, no_collection
 from .combine import Report, Sources, blend, find_combination
@@ -300,8 +300,10 @@ class AdaptedModel(nn.Module):
 
     def held_tensors(self, name: str) -> dict[str, Tensor]:
         """As `tensors`, but the very parameters and buffers that the model holds."""
-        slots = [(path, *slot) for path, adapter in self.adapters(name).items() for slot in adapter.slots()]
+        adapters = self.adapters(name)
+        slots = [(path, *slot) for path, adapter in adapters.items() for slot in adapter.slots()]
         found: dict[str, Tensor] = {f"{path}.{key}": held[k] for path, key, held, k in slots}
+        found |= {key: held[k] for key, held, k in common_slots(adapters.values())}
         return found | {key: bias.parameter for key, bias in self._biases(name).items()}
 
     def load(

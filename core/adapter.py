@@ -18,9 +18,9 @@ Everything trained is a Parameter, everything frozen a buffer, and the names of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -90,10 +90,13 @@ class Adapter(nn.Module):
     """How much of the adapter is applied: 0 is the base layer, 1 the adapter as trained."""
     views: tuple[str, ...] = ()
     """Attributes that `AdaptedLayer` shows as dicts by adapter name, as PEFT's layers do."""
+    common: nn.Module | None
+    """What `shared` made: one module, held by all adapters of one name."""
 
     def __init__(self, config: PeftConfig, site: Site, path: str, device: torch.device, dtype: torch.dtype):
         super().__init__()
         self.config, self.site, self._place = config, site, (device, dtype)
+        self._modules["common"] = None
 
     @property
     def whole(self) -> nn.Module | None:
@@ -144,14 +147,39 @@ class Adapter(nn.Module):
             raise NotMergeableError(f"{type(self).__name__} is not a change of weights, so it cannot be merged")
 
     def slots(self) -> Iterator[Slot]:
-        """Every saved tensor, with the place that holds it."""
-        modules: list[tuple[str, nn.Module]] = [("", self)]
-        for prefix, module in modules:
-            for held in (module._parameters, module._buffers):
-                for key, tensor in held.items():
-                    if tensor is not None and key not in module._non_persistent_buffers_set:
-                        yield prefix + key, held, key
-            modules.extend((f"{prefix}{name}.", m) for name, m in module._modules.items() if m is not None)
+        """Every saved tensor of its own, with the place that holds it."""
+        return slots_of(self)
+
+    def fit(self, key: str, tensor: Tensor) -> Tensor:
+        """A tensor of a file in the shape of slot `key`, where an equal one of another shape is acceptable."""
+        return tensor
+
+    # ---------------------------------------------------------------- hooks, which few methods need
+    # The class methods are called with all adapters of one name, by path. Training loops use `steps.py`.
+
+    @classmethod
+    def shared(cls, adapters: Mapping[str, Self]) -> nn.Module | None:
+        """Initialised tensors that these adapters have in common; each finds the module as `common`.
+
+        Persistent ones are saved once, without a path.
+        """
+        return None
+
+    @classmethod
+    def penalty(cls, adapters: Mapping[str, Self]) -> Tensor | None:
+        """A term of the loss that depends on the adapters alone."""
+        return None
+
+    @classmethod
+    def after_step(cls, adapters: Mapping[str, Self], step: int) -> None:
+        """After optimizer step number `step`, with the gradients still there."""
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What an exact resume of its training needs beside the file's tensors."""
+        return {}
+
+    def load_training_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `training_state` gave, into the parameters that are there: an optimizer may hold them."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module asks every value whether it is a parameter or a module; plain numbers are not, and there are many.
@@ -162,6 +190,33 @@ class Adapter(nn.Module):
 
 
 _PLAIN = {int, float, bool, str, tuple}
+
+
+def slots_of(root: nn.Module) -> Iterator[Slot]:
+    """Every persistent tensor below a module, but for what it has in common with others."""
+    modules: list[tuple[str, nn.Module]] = [("", root)]
+    for prefix, module in modules:
+        for held in (module._parameters, module._buffers):
+            for key, tensor in held.items():
+                if tensor is not None and key not in module._non_persistent_buffers_set:
+                    yield prefix + key, held, key
+        own = ((name, m) for name, m in module._modules.items() if m is not None and name != "common")
+        modules.extend((f"{prefix}{name}.", m) for name, m in own)
+
+
+def by_class(adapters: Mapping[str, Adapter]) -> dict[type[Adapter], dict[str, Adapter]]:
+    """The adapters of each class, by path."""
+    groups: dict[type[Adapter], dict[str, Adapter]] = {}
+    for path, adapter in adapters.items():
+        groups.setdefault(type(adapter), {})[path] = adapter
+    return groups
+
+
+def common_slots(adapters: Iterable[Adapter]) -> Iterator[Slot]:
+    """The saved tensors that adapters of one name have in common, once."""
+    modules = {id(a.common): a.common for a in adapters if a.common is not None}
+    for module in modules.values():
+        yield from slots_of(module)
 
 
 def materialise(adapter: Adapter, x: Tensor, inner: Inner) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter
+from .adapter import Adapter, common_slots
 from .targets import near
 from .train import TrainedBias
 
@@ -63,6 +63,7 @@ def assign(
         for path, adapter in adapters.items()
         for file_key, held, key in adapter.slots()
     ]
+    targets += [_Target(file_key, held[key]) for file_key, held, key in common_slots(adapters.values())]
     absent = [t for t in targets if t.name not in tensors]
     targets += [_Target(key, bias.parameter) for key, bias in biases.items()]
     unexpected = tensors.keys() - {t.name for t in targets}
@@ -71,6 +72,7 @@ def assign(
         targets += [_Target(key, base[key]) for key in unexpected & base.keys()]
         unexpected -= base.keys()
     given = [t for t in targets if t.name in tensors]
+    tensors = tensors | {t.name: t.adapter.fit(t.key, tensors[t.name]) for t in given if t.adapter is not None}
     wrong = [
         f"{t.name} has shape {tuple(tensors[t.name].shape)}, expected {tuple(t.old.shape)}"
         for t in given

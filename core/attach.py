@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .adapter import Adapter
+from .adapter import Adapter, by_class
 from .config import HEADS, PeftConfig, TaskType
 from .layer import AdaptedLayer
 from .state import State
@@ -61,6 +61,10 @@ def build_adapters(
     for place in chosen:
         layer = _layer_at(place, state)
         built.append((place, layer, _build(config, layer, place.path, autocast, initialise)))
+    _share({place.path: adapter for place, _, adapter in built})
+    if initialise:
+        for _, _, adapter in built:
+            adapter.reset()
     for place in whole:
         layer = _layer_at(place, state)
         built.append((place, layer, Copied(config, layer.site, place.path, *layer.site.place)))
@@ -76,10 +80,15 @@ def _build(config: PeftConfig, layer: AdaptedLayer, path: str, autocast: bool, i
     device, dtype = layer.site.place
     if not dtype.is_floating_point or (autocast and dtype in HALF):
         dtype = torch.float32
-    adapter = config.build(layer.site, path, device if initialise else META, dtype)
-    if initialise:
-        adapter.reset()
-    return adapter
+    return config.build(layer.site, path, device if initialise else META, dtype)
+
+
+def _share(adapters: dict[str, Adapter]) -> None:
+    """Give the adapters of one name what they have in common."""
+    for kind, group in by_class(adapters).items():
+        module = kind.shared(group)
+        for adapter in group.values() if module is not None else ():
+            adapter.common = module
 
 
 def install(place: Place, module: nn.Module) -> None:

@@ -13,8 +13,8 @@ from .combine import Blend, Report, blend
 from .config import PeftType
 from .errors import PeftWarning
 from .files import PREFIX, save_adapter
+from .handle import handle_of
 from .model import PeftModel
-from .status import handle_of
 from .tuners.lora import LoraConfig
 
 

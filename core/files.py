@@ -26,6 +26,19 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 PREFIX = "base_model.model."
 """What PEFT puts before a module's path in its files: the path inside its own wrapper."""
+_SHARED = "base_model."
+"""What it puts before a tensor that all layers share, which has no path."""
+
+
+def to_file(key: str) -> str:
+    """The name in PEFT's files of `path.tensor`, or of a shared tensor."""
+    return (PREFIX if "." in key else _SHARED) + key
+
+
+def from_file(key: str) -> str:
+    """The inverse of `to_file`."""
+    shared = key.removeprefix(_SHARED)
+    return shared if "." not in shared else key.removeprefix(PREFIX)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -115,7 +128,7 @@ def save_adapter(
 ) -> None:
     """Write an adapter directory that `peft` reads. Tensors are named by module path, without prefix."""
     directory = Path(directory)
-    write_tensors(directory / WEIGHTS_NAME, {PREFIX + key: t for key, t in tensors.items()}, metadata)
+    write_tensors(directory / WEIGHTS_NAME, {to_file(key): t for key, t in tensors.items()}, metadata)
     write_config(directory, config, inference_mode=True)
 
 
@@ -168,7 +181,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_weights(source: str | Path, device: str | torch.device = "cpu", **where: Any) -> dict[str, Tensor]:
     """The tensors of an adapter directory or hub id, named by module path."""
     tensors = read_tensors(find_file(source, WEIGHTS_NAME, **where), device)
-    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    return {from_file(key): tensor for key, tensor in tensors.items()}
 
 
 def find_file(source: str | Path, name: str, *, subfolder: str | None = None, **hub: Any) -> Path:

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .adapted import AdaptedModel
 from .combine import find_combination
 from .config import PeftConfig
 from .errors import PeftWarning
+from .steps import after_step, penalty
 from .weights import Weight
 
 
@@ -107,6 +108,10 @@ class AdapterMethods:
         read = {key: value for key, value in options.items() if key not in unread}
         self.handle.combine(adapters, weights, adapter_name, combination_type, **read)
 
+    def update_and_allocate(self, global_step: int) -> None:
+        """After an optimizer step, before the gradients are cleared: let AdaLoRA move its budget."""
+        after_step(self.handle, global_step)
+
     # ---------------------------------------------------------------- merging
 
     def merge_adapter(
@@ -153,3 +158,11 @@ class BaseTuner(AdapterMethods, AdaptedModel):
     @property
     def handle(self) -> AdaptedModel:  # type: ignore[override]
         return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward, with the adapters' `penalty` added to the loss that it returns, as in PEFT."""
+        outputs = super().forward(*args, **kwargs)
+        loss = getattr(outputs, "loss", None)
+        if isinstance(loss, Tensor) and self.state.trainable:
+            outputs.loss = loss + penalty(self)
+        return outputs

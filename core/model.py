@@ -16,9 +16,10 @@ from .assign import LoadResult
 from .card import write_card
 from .config import HEADS, PeftConfig, TaskType
 from .errors import PeftWarning
-from .files import PREFIX, load_adapter, read_config, read_weights, save_adapter
+from .files import from_file, load_adapter, read_config, read_weights, save_adapter, to_file
+from .handle import handle_of
 from .methods import AdapterMethods, BaseTuner
-from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status, handle_of
+from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 
 
 class PeftModel(AdapterMethods, nn.Module):
@@ -120,7 +121,7 @@ class PeftModel(AdapterMethods, nn.Module):
                 module.training = True
             raise
         if result.missing_keys:
-            keys = [f"{PREFIX}{_with_name(key, name)}" for key in result.missing_keys]
+            keys = [_with_name(to_file(key), name) for key in result.missing_keys]
             warnings.warn(
                 f"Found missing adapter keys while loading the checkpoint: {keys}.", PeftWarning, stacklevel=3
             )
@@ -157,7 +158,7 @@ class PeftModel(AdapterMethods, nn.Module):
             if config.base_model_name_or_path is None:
                 config.base_model_name_or_path = getattr(self.get_base_model(), "name_or_path", None) or None
             tensors = get_peft_model_state_dict(self, state_dict, name)
-            save_adapter(directory, config, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()})
+            save_adapter(directory, config, {from_file(key): tensor for key, tensor in tensors.items()})
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, **options: Any) -> None:
         """Add a fresh adapter, of any method; it becomes active only if none was."""
@@ -311,13 +312,13 @@ def get_peft_model_state_dict(
     is taken for the values where one is given (gathered shards, for example).
     """
     _accept(options)
-    prefix = PREFIX if isinstance(model, PeftModel) else ""
+    name = to_file if isinstance(model, PeftModel) else str
     handle = handle_of(model)
     if state_dict is None:
-        return {prefix + key: tensor for key, tensor in handle.tensors(adapter_name).items()}
+        return {name(key): tensor for key, tensor in handle.tensors(adapter_name).items()}
     live_names = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
     held = handle.held_tensors(adapter_name)
-    return {prefix + key: state_dict[live_names[id(tensor)]] for key, tensor in held.items()}
+    return {name(key): state_dict[live_names[id(tensor)]] for key, tensor in held.items()}
 
 
 def set_peft_model_state_dict(
@@ -325,7 +326,7 @@ def set_peft_model_state_dict(
 ) -> LoadResult:
     """Overwrite one adapter's tensors; the given dict stays as it is. Returns missing and unexpected keys."""
     _accept(options)
-    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in peft_model_state_dict.items()}
+    tensors = {from_file(key): tensor for key, tensor in peft_model_state_dict.items()}
     return handle_of(model).assign(adapter_name, tensors, strict=False)
 
 
@@ -354,4 +355,4 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 def load_peft_weights(model_id: str | Path, device: str | torch.device = "cpu", **where: Any) -> dict[str, Tensor]:
     """The tensors of an adapter directory or hub id, under the names of its file."""
-    return {PREFIX + key: tensor for key, tensor in read_weights(model_id, device, **_where(where)).items()}
+    return {to_file(key): tensor for key, tensor in read_weights(model_id, device, **_where(where)).items()}

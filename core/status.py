@@ -8,24 +8,9 @@ from typing import Any, Literal
 from torch import nn
 
 from .adapted import AdaptedModel
+from .handle import handle_of
 from .layer import AdaptedLayer
-from .methods import AdapterMethods
 from .tuners.lora import LoRA
-
-
-def handle_of(model: nn.Module) -> AdaptedModel:
-    """The adapters of a `PeftModel`, an `AdaptedModel` or a model that was injected into.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if isinstance(model, AdapterMethods):
-        return model.handle
-    if isinstance(model, AdaptedModel):
-        return model
-    if not any(isinstance(m, AdaptedLayer) for m in model.modules()):
-        raise ValueError(f"this {type(model).__name__} has no adapters")
-    return AdaptedModel(model)
 
 
 @dataclass

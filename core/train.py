@@ -29,7 +29,7 @@ def parameter_dicts(layers: Iterable[AdaptedLayer], name: str) -> ParameterDicts
     modules: list[nn.Module] = [layer.adapters[name] for layer in layers if name in layer.adapters]
     for module in modules:
         modules.extend(m for m in module._modules.values() if m is not None)
-    return [m._parameters for m in modules if m._parameters]
+    return [m._parameters for m in dict.fromkeys(modules) if m._parameters]  # layers may share a module
 
 
 _is_tensor = partial(operator.is_not, None)
