@@ -22,6 +22,7 @@ from .combine import Report, Sources, blend, find_combination
 from .config import PeftConfig
 from .errors import MergedError, PeftWarning
 from .layer import AdaptedLayer
+from .quantized import Rounding, warn_of_rounding
 from .rows import Rows, cast
 from .state import State
 from .targets import walk
@@ -42,6 +43,8 @@ class AdaptedModel(nn.Module):
         self.layers = {p: m.module for p, m in walk(model).items() if isinstance(m.module, AdaptedLayer)}
         self.state: State = next((layer.state for layer in self.layers.values()), None) or State()
         self.training = model.training
+        self.rounding: dict[str, Rounding] = {}
+        """What the last merge into quantized weights lost, by path."""
         self.trainability = Trainability(self.state)
         for name in self.state.configs:
             self._track(name)
@@ -432,11 +435,12 @@ class AdaptedModel(nn.Module):
             new = self._check_merge(names, weights or {}, safe_merge, progressbar, undo)
             undo.callback(self._undo_partial_merge)
             shared = shared_parameters(self.model) if keep_original == "none" else set()
-            here = [layer for layer in self.layers.values() if layer.to_merge(new)]
-            for layer in tqdm(here, "merging", disable=not progressbar, unit="layer"):
+            here = {path: layer for path, layer in self.layers.items() if layer.to_merge(new)}
+            for layer in tqdm(here.values(), "merging", disable=not progressbar, unit="layer"):
                 alone = shared.isdisjoint(map(id, layer.site.module._parameters.values()))
                 layer.merge(new, keep_original, in_place=keep_original == "none" and alone)
             undo.pop_all()
+        self.rounding |= warn_of_rounding({path: layer.rounding for path, layer in here.items()})
         with self.trainability.change():
             self.state.merge((*self.state.merged, *new))
 
@@ -458,6 +462,7 @@ class AdaptedModel(nn.Module):
             layer.check_kept()
         for layer in self.layers.values():
             layer.unmerge()
+        self.rounding = {}
         with self.trainability.change():
             self.state.merge(())
 

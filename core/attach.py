@@ -12,6 +12,7 @@ from torch import nn
 from .adapter import Adapter, by_class
 from .config import HEADS, PeftConfig, TaskType
 from .layer import AdaptedLayer
+from .quantized import quantized_sites
 from .state import State
 from .targets import Place, inside, near, select
 from .tuners.copied import Copied
@@ -55,6 +56,7 @@ def build_adapters(
 ) -> list[tuple[Place, AdaptedLayer, Adapter]]:
     """Adapters for everything that `config` targets or trains whole, and their layers; nothing is installed yet."""
     adapted = [path for path, place in places.items() if isinstance(place.module, AdaptedLayer)]
+    quantized_sites(p.module for p in places.values() if not isinstance(p.module, AdaptedLayer))  # settles them all
     chosen = select(model, config, places, strict)
     whole = whole_modules(model, config, places, adapted)
     built: list[tuple[Place, AdaptedLayer, Adapter]] = []

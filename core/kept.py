@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+
+from .quantized import moved
 
 
 class Kept:
@@ -19,22 +22,24 @@ class Kept:
         self.requires_grad = parameter.requires_grad
         stays = keep == "device" or (keep == "cpu" and parameter.device.type == "cpu")
         self.parameter = parameter if stays else None
-        self.elsewhere = weakref.ref(parameter) if keep != "overwritten" else _nothing
-        self.copy = parameter.detach().to("cpu", copy=True) if keep == "cpu" and not stays else None
+        self.elsewhere: Callable[[], Any] = weakref.ref(parameter) if keep != "overwritten" else _nothing
+        self.copy = moved(parameter, "cpu").requires_grad_(self.requires_grad) if keep == "cpu" and not stays else None
 
     @property
-    def original(self) -> Tensor | None:
+    def original(self) -> nn.Parameter | None:
         """The parameter, or its copy, or None if nothing was kept."""
-        found = (self.parameter, self.elsewhere(), self.copy)
+        found: tuple[Any, ...] = (self.parameter, self.elsewhere(), self.copy)
         return next((tensor for tensor in found if tensor is not None), None)
 
     def restore(self, like: Tensor) -> nn.Parameter:
         """The original on the device and in the dtype of `like`."""
         original = self.original
         assert original is not None
-        if isinstance(original, nn.Parameter) and (original.device, original.dtype) == (like.device, like.dtype):
+        if (original.device, original.dtype) == (like.device, like.dtype):
             return original
-        return nn.Parameter(original.detach().to(like), requires_grad=self.requires_grad)
+        restored = moved(original, like.device, like.dtype)
+        restored.requires_grad = self.requires_grad
+        return restored
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"elsewhere": _nothing}

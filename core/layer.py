@@ -12,6 +12,7 @@ from .adapter import Adapter, Dense, Inner, wide
 from .errors import MergedError
 from .kept import Kept
 from .mixed import Mixed
+from .quantized import Rounding
 from .sites import Site, find
 from .stack import Base, Stacked, fold, knows_strength
 from .state import Names, State
@@ -58,6 +59,7 @@ class AdaptedLayer(nn.Module):
     base_layer: nn.Module
     adapters: MutableMapping[str, Adapter]
     merged_adapters: list[str]
+    rounding: Rounding | None
     _kept: dict[str, Kept | None]
     path: str
     """Where the model has it, for errors."""
@@ -66,7 +68,8 @@ class AdaptedLayer(nn.Module):
     def __init__(self, base_layer: nn.Module, state: State, path: str = ""):
         super().__init__()
         self._modules.update(adapters=nn.ModuleDict(), base_layer=base_layer)  # there are thousands of layers
-        self.__dict__.update(state=state, path=path, merged_adapters=[], _kept={}, training=base_layer.training)
+        self.__dict__.update(state=state, path=path, merged_adapters=[], rounding=None, _kept={})
+        self.__dict__["training"] = base_layer.training
         self._describe_base()
 
     def _describe_base(self) -> None:
@@ -148,7 +151,7 @@ class AdaptedLayer(nn.Module):
         """
         originals = self._originals()
         chain = names if originals is None else (*self.merged_adapters, *names)
-        return self.site.module._parameters | (originals or {}), [self.adapters[n] for n in chain]
+        return {**self.site.stored(), **(originals or {})}, [self.adapters[n] for n in chain]
 
     def _folded(self, stored: dict[str, Any], adapters: list[Adapter]) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.site.to_matrix(stored["weight"]), stored.get("bias")
@@ -172,19 +175,22 @@ class AdaptedLayer(nn.Module):
         if not new:
             return
         stored, adapters = self._to_fold(new)
-        in_place = in_place and stored["weight"] is self.site.module._parameters["weight"]
+        in_place = in_place and not self.site.coarse and stored["weight"] is self.site.stored()["weight"]
         if in_place and len(new) > 1 and stored["weight"].itemsize >= 4:  # nothing is rounded in between
             for name in new:
                 self.merge((name,), keep, in_place)
             return
-        if all(a.by_rows and knows_strength(a) for a in adapters):
+        if not self.site.coarse and all(a.by_rows and knows_strength(a) for a in adapters):
             self._put("weight", self._folded_by_rows(stored["weight"], adapters, in_place), keep, in_place)
         else:
             old, old_bias = stored["weight"], stored.get("bias")
             weight, bias = self._folded(stored, adapters)
-            self._put("weight", self.site.from_matrix(weight.to(old.dtype)), keep, in_place)
+            packed = self.site.pack(weight, old)
+            if self.site.coarse:
+                self.rounding = Rounding.of(self.site.to_matrix(old), self.site.to_matrix(packed), weight)
+            self._put("weight", packed, keep, in_place)
             if bias is not None and (old_bias is None or not torch.equal(bias, wide(old_bias))):
-                self._put("bias", bias.to(old.dtype), keep, in_place)
+                self._put("bias", bias.to(self.site.place[1] if old_bias is None else old_bias.dtype), keep, in_place)
         self.merged_adapters.extend(new)
         self.forget()
 
@@ -212,9 +218,11 @@ class AdaptedLayer(nn.Module):
             MergedError: they were merged with `keep_original="none"`.
         """
         self.check_kept()
-        self.site.module._parameters.update(self._originals() or {})
+        for name, original in (self._originals() or {}).items():
+            self.site.store(name, original)
         self._kept.clear()
         self.merged_adapters.clear()
+        self.rounding = None
         self.forget()
 
     @property
@@ -236,19 +244,18 @@ class AdaptedLayer(nn.Module):
             MergedError: they were not kept.
         """
         self.check_kept()
-        stored = self.site.module._parameters | (self._originals() or {})
+        stored = {**self.site.stored(), **(self._originals() or {})}
         return self.site.to_matrix(stored["weight"]), stored.get("bias")
 
     def _originals(self) -> dict[str, nn.Parameter | None] | None:
         """The parameters before the first merge ({} without one), or None if they were not kept."""
         if not self.recoverable:
             return None
-        parameters = self.site.module._parameters
-        return {name: kept and kept.restore(parameters[name]) for name, kept in self._kept.items()}
+        stored = self.site.stored()
+        return {name: kept and kept.restore(stored[name]) for name, kept in self._kept.items()}
 
     def _put(self, name: str, tensor: Tensor, keep: str, in_place: bool) -> None:
-        parameters = self.site.module._parameters
-        old = parameters.get(name)
+        old = self.site.stored().get(name)
         if in_place and old is not None:
             self._kept.setdefault(name, Kept(old, "overwritten"))
             if tensor.data_ptr() != old.data_ptr():
@@ -256,7 +263,9 @@ class AdaptedLayer(nn.Module):
             return
         if name not in self._kept:
             self._kept[name] = None if old is None else Kept(old, keep)
-        parameters[name] = nn.Parameter(tensor, requires_grad=old is not None and old.requires_grad)
+        if not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=old is not None and old.requires_grad)
+        self.site.store(name, tensor)
 
     def replacement(self, names: Names | None = None) -> nn.Module:
         """The plain module that stands for this layer with these adapters (None: the running ones) merged."""

@@ -7,7 +7,7 @@ class name over the MRO, so that a kind of an optional library needs no import o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -20,6 +20,11 @@ _FOUND: dict[type[nn.Module], type[Site] | None] = {}
 _REFUSED = {
     "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": "nn.MultiheadAttention reads this layer's weight "
     "without calling it, so an adapter here would never run",
+    **dict.fromkeys(
+        ("bitsandbytes.nn.modules.Embedding4bit", "bitsandbytes.nn.modules.Embedding8bit"),
+        "bitsandbytes' quantized embeddings can be run, but neither trained nor saved",
+    ),
+    "bitsandbytes.nn.modules.OutlierAwareLinear": "it quantizes its weight while it runs",
 }
 
 
@@ -66,14 +71,32 @@ class Site:
     """Kernel size of a convolution."""
     all_linear = False
     """Whether `target_modules="all-linear"` means this kind."""
+    coarse = False
+    """Whether the stored weight has so few bits that folding something in rounds it anew, measurably."""
     out = cols = 0
 
     def __init__(self, module: nn.Module):
         self.module: Any = module
 
+    def stored(self) -> Mapping[str, Any]:
+        """The module's own parameters, each complete in itself: not to be written to."""
+        return self.module._parameters
+
+    def store(self, name: str, parameter: nn.Parameter | None) -> None:
+        """Have the module run with `parameter`, whose statistics are its own."""
+        self.module._parameters[name] = parameter
+
+    def pack(self, matrix: Tensor, like: nn.Parameter) -> nn.Parameter:
+        """W (out, cols) as a parameter of the kind and dtype of `like`."""
+        return nn.Parameter(self.from_matrix(matrix.to(like.dtype)), requires_grad=like.requires_grad)
+
     def read(self) -> tuple[Tensor, Tensor | None]:
         """W (out, cols) and b (out,) or None: views of the stored tensors where possible, not to be written to."""
-        raise self._unreadable()
+        stored = self.stored()
+        weight: Any = stored.get("weight")
+        if weight is None:  # computed, by a parametrization for example
+            weight = getattr(self.module, "weight", None)
+        return self.to_matrix(weight), stored.get("bias")
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         """Stored weight -> (out, cols)."""
@@ -145,9 +168,6 @@ class Linear(Site):
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix.contiguous()
-
-    def read(self) -> tuple[Tensor, Tensor | None]:
-        return self.to_matrix(self.module.weight), getattr(self.module, "bias", None)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -254,9 +274,6 @@ class Norm(Site):
         if module.weight is None:
             raise ValueError(f"a {type(module).__name__} without weights has nothing to adapt")
         self.out, self.cols = module.weight.numel(), 1
-
-    def read(self) -> tuple[Tensor, Tensor | None]:
-        return self.to_matrix(self.module.weight), getattr(self.module, "bias", None)
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         return weight.reshape(-1, 1)

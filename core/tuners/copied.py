@@ -10,15 +10,19 @@ from torch import nn
 
 from ..adapter import Adapter, Slot
 from ..config import PeftConfig
+from ..quantized import plain
 from ..sites import Site
 
 
 class Copied(Adapter):
-    """Runs in place of its module. Stored under the plain names of the module's own tensors."""
+    """Runs in place of its module, in full precision where that is quantized.
+
+    Stored under the plain names of the module's own tensors.
+    """
 
     def __init__(self, config: PeftConfig, site: Site, path: str, device: torch.device, dtype: torch.dtype):
         super().__init__(config, site, path, device, dtype)
-        self.module = deepcopy(site.module).requires_grad_(False)
+        self.module = plain(deepcopy(site.module)).requires_grad_(False)
 
     @property
     def whole(self) -> nn.Module:
