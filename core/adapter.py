@@ -305,6 +305,11 @@ class Factored(Dense):
     def factors(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
+    @property
+    def only_factors(self) -> bool:
+        """Whether `forward` adds ``gain * B A x`` and does nothing else, so that several may run as one product."""
+        return type(self).forward is Factored.forward
+
     def delta(self) -> Tensor:
         b, a = self.factors()
         return b @ a

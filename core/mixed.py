@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .adapter import Inner
+from .kernels import GroupedFactors, groupable
 from .rows import BASE, Groups, take
 from .stack import Base, Stacked
 
@@ -25,23 +26,44 @@ class Mixed:
 
     def __init__(self, layer: AdaptedLayer):
         self.layer = layer
+        self._adapters: tuple[str, ...] = ()
+        """Those of the rows that `_prepare` was last called for."""
+
+    def _prepare(self, adapters: tuple[str, ...]) -> None:
+        layer = self.layer
+        self._adapters = adapters
+        self.here = tuple(name for name in adapters if name in layer.adapters)
+        found = {name: layer.adapters[name] for name in self.here}
+        self.whole = any(a.whole is not None for a in found.values())
+        grouped = bool(found) and groupable(layer.site, list(found.values()))
+        self.grouped = GroupedFactors(layer.site, found) if grouped else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        layer = self.layer
-        rows = layer.state.rows
+        rows = self.layer.state.rows
         assert rows is not None
-        here = tuple(n for n in rows.adapters if n in layer.adapters)
-        if not here:
-            return layer.base_layer(*args, **kwargs)
-        if len(args) == 1 and not kwargs and all(layer.adapters[n].whole is None for n in here):
-            return self._one_input(args[0], rows, here)
-        return self._any_inputs(args, kwargs, rows, here)
-
-    def _one_input(self, x: Tensor, rows: Rows, here: tuple[str, ...]) -> Tensor:
-        layer = self.layer
+        if rows.adapters != self._adapters:
+            self._prepare(rows.adapters)
+        if not self.here:
+            return self.layer.base_layer(*args, **kwargs)
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            return self._any_inputs(args, kwargs, rows)
+        x = args[0]
         if x.ndim and len(x) == 1 < rows.batch:  # one row for all, as position ids often are
             x = x.expand(rows.batch, *x.shape[1:])
-        groups = rows.layout(x, layer.path).groups(here, x.device)
+        tokens = rows.tokens(x)
+        if tokens is None:
+            return self._one_input(x, rows)
+        y = self._one_input(x.unflatten(0, (-1, tokens)), rows)
+        return pytree.tree_map(lambda t: t.flatten(0, 1), y)
+
+    def _one_input(self, x: Tensor, rows: Rows) -> Any:
+        layer = self.layer
+        if self.whole:
+            return self._any_inputs((x,), {}, rows)
+        groups = rows.layout(x, layer.path).groups(self.here, x.device)
+        dropout = None if self.grouped is None or x.ndim < 2 else self.grouped.dropout()
+        if self.grouped is not None and dropout is not None:
+            return self.grouped.run(layer.base_layer(x), x, groups, dropout)
         base = _Shared(Base(layer.base_layer, layer.site), x)
         outputs = []
         for name, index in groups.parts:
@@ -50,7 +72,7 @@ class Mixed:
             outputs.append((inner if name == BASE else Stacked(layer.adapters[name], inner))(part))
         return groups.join(outputs)
 
-    def _any_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows, here: tuple[str, ...]) -> Any:
+    def _any_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> Any:
         """Every group apart, with its rows of all inputs and outputs, however nested."""
         layer = self.layer
         leaves, form = pytree.tree_flatten((args, kwargs))
@@ -59,7 +81,7 @@ class Mixed:
         if strange or not tensors:
             reason = f"is given {', '.join(strange)}" if strange else "is given no tensor"
             raise TypeError(f"{layer.path} {reason}, which a mixed batch cannot divide into rows")
-        groups = rows.layout(tensors[0], layer.path).groups(here, tensors[0].device)
+        groups = rows.layout(tensors[0], layer.path).groups(self.here, tensors[0].device)
         outputs = []
         for name, index in groups.parts:
             own = [take(f, index) if isinstance(f, Tensor) and f.ndim and len(f) == groups.count else f for f in leaves]

@@ -21,48 +21,92 @@ BASE = "__base__"
 """The name of no adapter: a row that runs the base model."""
 
 
+def take(tensor: Tensor, rows: slice | Tensor) -> Tensor:
+    """Some rows: a view where they lie together."""
+    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+
+
 class Groups:
     """The rows of a tensor by the adapter that runs them."""
 
-    def __init__(self, numbers: Tensor, names: tuple[str, ...], device: torch.device):
-        # numbers: for every row the place of its adapter in `names`
-        self.count, self.names, self.numbers = len(numbers), names, numbers.to(device)
-        order = numbers.argsort(stable=True)
-        starts = [0, *numbers.bincount(minlength=len(names)).cumsum(0).tolist()]
-        self.parts: list[tuple[str, slice | Tensor]] = []
-        for name, start, end in zip(names, starts, starts[1:], strict=False):
-            if end > start:
-                rows = order[start:end]
-                first, last = int(rows[0]), int(rows[-1])
-                together = last - first + 1 == len(rows)
-                self.parts.append((name, slice(first, last + 1) if together else rows.to(device)))
-        in_order = bool((order.diff() == 1).all())
-        self._back = None if in_order else order.argsort().to(device)
+    def __init__(self, names: Sequence[str], device: torch.device):
+        self.count, self.device = len(names), device
+        self.places: dict[str, list[int]] = {}
+        for place, name in enumerate(names):
+            self.places.setdefault(name, []).append(place)
+        self.parts = [(name, self._index(rows)) for name, rows in self.places.items()]
+        order = [place for rows in self.places.values() for place in rows]
+        self._back = None if order == sorted(order) else self._tensor(_inverse(order))
+        self._segments: dict[tuple[int, int], Segments] = {}
+
+    def _tensor(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, device=self.device)
+
+    def _index(self, rows: list[int]) -> slice | Tensor:
+        together = rows[-1] - rows[0] + 1 == len(rows)
+        return slice(rows[0], rows[-1] + 1) if together else self._tensor(rows)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Tensors of `parts`, one for each group, as one with the rows in their old order."""
         whole = torch.cat(tuple(parts))
         return whole if self._back is None else whole.index_select(0, self._back)
 
+    def segments(self, tokens: int, rank: int) -> Segments:
+        """The groups as segments of so many rows that the least is read: rows of `tokens` tokens, factors of `rank`."""
+        found = self._segments.get((tokens, rank))
+        if found is None:
+            counts = [len(rows) for rows in self.places.values()]
 
-def take(tensor: Tensor, rows: slice | Tensor) -> Tensor:
-    """Some rows: a view where they lie together."""
-    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+            def cost(size: int) -> int:
+                return sum(-(-count // size) for count in counts) * (size * tokens + rank)
+
+            found = self._segments[tokens, rank] = Segments(self, min({1, *counts}, key=cost))
+        return found
+
+
+class Segments:
+    """Groups of rows cut into segments of one size, the last of each group filled up with rows that count for nothing.
+
+    owners: (segments,) the group that each belongs to, or None if they are the groups themselves.
+    rows: (segments * size,) the rows in the order of the segments, or None if that is their order.
+    back: (count,) where each row is among them, or None.
+    """
+
+    def __init__(self, groups: Groups, size: int):
+        owners: list[int] = []
+        order: list[int] = []
+        for number, rows in enumerate(groups.places.values()):
+            needed = -(-len(rows) // size)
+            owners += [number] * needed
+            order += rows + [rows[0]] * (needed * size - len(rows))
+        self.number = len(owners)
+        self.owners = None if owners == list(range(len(groups.places))) else groups._tensor(owners)
+        in_order = order == list(range(groups.count))
+        first = {row: place for place, row in reversed(list(enumerate(order)))}
+        self.rows = None if in_order else groups._tensor(order)
+        self.back = None if in_order else groups._tensor([first[row] for row in range(groups.count)])
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    inverse = [0] * len(order)
+    for place, row in enumerate(order):
+        inverse[row] = place
+    return inverse
 
 
 class Layout:
     """Which adapter runs each row of tensors of one length."""
 
-    def __init__(self, names: tuple[str, ...], numbers: Tensor):
-        self.names, self.numbers = names, numbers
+    def __init__(self, names: tuple[str, ...]):
+        self.names = names
         self._groups: dict[tuple[tuple[str, ...], torch.device], Groups] = {}
 
     def groups(self, here: tuple[str, ...], device: torch.device) -> Groups:
-        """For a layer that has the adapters `here`; all other rows are the base's, which come first."""
+        """For a layer that has the adapters `here`; all other rows are the base's."""
         found = self._groups.get((here, device))
         if found is None:
-            places = torch.tensor([here.index(n) + 1 if n in here else 0 for n in self.names])
-            found = self._groups[here, device] = Groups(places[self.numbers], (BASE, *here), device)
+            names = [name if name in here else BASE for name in self.names]
+            found = self._groups[here, device] = Groups(names, device)
         return found
 
 
@@ -84,11 +128,9 @@ class Rows:
         distinct = tuple(dict.fromkeys(names))
         self.adapters = tuple(n for n in distinct if n != BASE)
         self.mixed = len(distinct) > 1
-        numbers = torch.tensor([distinct.index(n) for n in names])
-        self._layouts = {len(names): Layout(distinct, numbers)}
-        spread = numbers.repeat_interleave(each) if each > 1 else numbers.repeat(tiled)
-        self._layouts.setdefault(len(spread), Layout(distinct, spread))
-        self._flattened: dict[int, Layout] = {}
+        repeated = tuple(name for name in names for _ in range(each)) * tiled
+        self._layouts = {len(rows): Layout(rows) for rows in (repeated, self.names)}
+        self._tokens: dict[int, int] = {}
         self.batch = len(names)
         """Rows of the batch that the model was last called with."""
 
@@ -105,7 +147,7 @@ class Rows:
                 "each adapter"
             )
         count = len(x) if x.ndim else 0
-        found = self._layouts.get(count) or (self._flattened.get(count) if x.ndim <= 2 else None)
+        found = self._layouts.get(count)
         if found is None:
             raise ValueError(
                 f"{layer or 'a layer'} was called with an input of shape {tuple(x.shape)} in a mixed batch of "
@@ -113,6 +155,10 @@ class Rows:
                 "for each row that the model sees (each= and tiled= of `rows` repeat them)"
             )
         return found
+
+    def tokens(self, x: Tensor) -> int | None:
+        """How many tokens of each row a layer's input `x` holds, if it is a batch flattened into tokens."""
+        return self._tokens.get(len(x)) if x.ndim in (1, 2) and len(x) not in self._layouts else None
 
     def see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the model runs: check that its batch has these rows, and learn how they look as flattened tokens."""
@@ -126,11 +172,8 @@ class Rows:
         if fitting:
             self.batch = len(next((t for t in fitting if t.ndim > 1), fitting[0]))
         for tensor in fitting:
-            if tensor.ndim in (2, 3) and tensor.numel() and tensor.shape[1] > 1:
-                layout, tokens = self._layouts[len(tensor)], tensor.shape[1]
-                if len(tensor) * tokens not in self._flattened:
-                    spread = Layout(layout.names, layout.numbers.repeat_interleave(tokens))
-                    self._flattened[len(tensor) * tokens] = spread
+            if tensor.ndim in (2, 3):
+                self._tokens[tensor.shape[0] * tensor.shape[1]] = tensor.shape[1]
 
 
 @contextmanager

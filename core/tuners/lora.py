@@ -141,6 +141,10 @@ class LoRA(Factored):
             value = value.reshape(held[key].shape).to(self.site.device, self.dtype)
             held[key] = nn.Parameter(value.contiguous(), requires_grad=False)
 
+    @property
+    def only_factors(self) -> bool:
+        return not self.config.lora_bias and type(self).forward is LoRA.forward
+
     def forward(self, x: Tensor, inner: Inner) -> Tensor:
         y = super().forward(x, inner)
         if self.config.lora_bias:

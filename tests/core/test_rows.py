@@ -68,7 +68,7 @@ def test_strengths_hold_in_mixed_batches(method, variant):
         torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("method", "variant"), METHODS)
+@pytest.mark.parametrize(("method", "variant"), [m for m in METHODS if m.values[1] == 0])
 def test_mixed_batches_compile_as_one_graph(method, variant):
     model, x = build(method, variant, "linear", "a", "b")
     torch._dynamo.reset()
