@@ -27,7 +27,10 @@ if TYPE_CHECKING:
         PeftError,
         PeftWarning,
     )
+    from .eva import get_eva_state_dict, initialize_lora_eva_weights
     from .files import load_adapter, save_adapter
+    from .init.eva import EvaConfig
+    from .init.loftq import LoftQConfig
     from .layer import AdaptedLayer
     from .methods import BaseTuner
     from .model import (
@@ -68,6 +71,7 @@ _HOME = {
     "Combination": "combinations.registry",
     "Dense": "adapter",
     "DiagOFTConfig": "tuners.diag_oft",
+    "EvaConfig": "init.eva",
     "Factored": "adapter",
     "Folded": "adapter",
     "FullConfig": "tuners.full",
@@ -77,6 +81,7 @@ _HOME = {
     "LoHaConfig": "tuners.loha",
     "LoKrConfig": "tuners.lokr",
     "LoadResult": "assign",
+    "LoftQConfig": "init.loftq",
     "LoraConfig": "tuners.lora",
     "LoraLayer": "status",
     "MergedError": "errors",
@@ -103,11 +108,13 @@ _HOME = {
     "combination_types": "combinations",
     "convert_to_lora": "convert",
     "delete_adapter": "model",
+    "get_eva_state_dict": "eva",
     "get_layer_status": "status",
     "get_model_status": "status",
     "get_peft_config": "config",
     "get_peft_model": "model",
     "get_peft_model_state_dict": "model",
+    "initialize_lora_eva_weights": "eva",
     "inject_adapter_in_model": "model",
     "load_adapter": "files",
     "load_peft_weights": "model",

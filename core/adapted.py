@@ -148,6 +148,7 @@ class AdaptedModel(nn.Module):
             bias.restore()
         for layer in self.layers.values():
             if name in layer.adapters:
+                layer.adapters[name].release()
                 del layer.adapters[name]
         self._forget_stacks()
         self.trainability.held.pop(name, None)
@@ -159,6 +160,8 @@ class AdaptedModel(nn.Module):
             MergedError: as `unmerge`; nothing has changed then.
         """
         self.unmerge()
+        for adapter in (a for layer in self.layers.values() for a in layer.adapters.values()):
+            adapter.release()
         self._unwrap(lambda layer: layer.base_layer)
         for bias in (b for found in self.state.biases.values() for b in found.values()):
             bias.restore()

@@ -117,6 +117,17 @@ class Adapter(nn.Module):
         """Initialise the tensors, as the config says."""
         raise NotImplementedError
 
+    def prepare(self) -> None:
+        """Compute what the tensors of a file need beside them, for an adapter that is loaded instead of `reset`."""
+
+    @property
+    def replaces_base(self) -> bool:
+        """Whether the layer runs with another base weight while the adapter is there, until `release`."""
+        return False
+
+    def release(self) -> None:
+        """Put the base layer back as it was, before the adapter is removed."""
+
     def forward(self, x: Tensor, inner: Inner) -> Tensor:
         """Output of the adapted layer."""
         raise NotImplementedError

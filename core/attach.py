@@ -11,6 +11,7 @@ from torch import nn
 
 from .adapter import Adapter, by_class
 from .config import HEADS, PeftConfig, TaskType
+from .errors import MergedError
 from .layer import AdaptedLayer
 from .quantized import quantized_sites
 from .state import State
@@ -64,9 +65,7 @@ def build_adapters(
         layer = _layer_at(place, state)
         built.append((place, layer, _build(config, layer, place.path, autocast, initialise)))
     _share({place.path: adapter for place, _, adapter in built})
-    if initialise:
-        for _, _, adapter in built:
-            adapter.reset()
+    _initialise([(layer, adapter) for _, layer, adapter in built], initialise)
     for place in whole:
         layer = _layer_at(place, state)
         built.append((place, layer, Copied(config, layer.site, place.path, *layer.site.place)))
@@ -91,6 +90,32 @@ def _share(adapters: dict[str, Adapter]) -> None:
         module = kind.shared(group)
         for adapter in group.values() if module is not None else ():
             adapter.common = module
+
+
+def _initialise(built: list[tuple[AdaptedLayer, Adapter]], initialise: bool) -> None:
+    """Give the adapters their start, or those whose tensors come from a file what the file does not hold."""
+    for layer, adapter in built:
+        if adapter.replaces_base:
+            _check_replaceable(layer, adapter)
+    try:
+        for _, adapter in built:
+            adapter.reset() if initialise else adapter.prepare()
+    except Exception:
+        for _, adapter in built:
+            adapter.release()
+        raise
+
+
+def _check_replaceable(layer: AdaptedLayer, adapter: Adapter) -> None:
+    """Raise `ValueError` if the layer's base weight is not the adapter's to replace."""
+    kind = type(layer.base_layer).__name__
+    first = next((name for name, other in layer.adapters.items() if other.replaces_base), None)
+    if first is not None:
+        raise ValueError(
+            f"adapter {first!r} runs this {kind} with a weight of its own: delete it before adding another"
+        )
+    if layer.merged_adapters:
+        raise MergedError(f"{layer.merged_adapters} are merged into this {kind}: unmerge before its weight is replaced")
 
 
 def install(place: Place, module: nn.Module) -> None:

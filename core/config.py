@@ -167,7 +167,7 @@ class PeftConfig:
                 PeftWarning,
                 stacklevel=2,
             )
-        return config_class(**{k: v for k, v in values.items() if k in known})
+        return config_class(**{k: v for k, v in values.items() if k in known - config_class.ignored})
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> dict[str, Any]:

@@ -69,6 +69,16 @@ class DoRA(Adapter):
             norms = self.norms(self.site.read()[0])
         self.lora_magnitude_vector.data.copy_(norms.view(self.shape))
 
+    def prepare(self) -> None:
+        self.direction.prepare()
+
+    @property
+    def replaces_base(self) -> bool:
+        return self.direction.replaces_base
+
+    def release(self) -> None:
+        self.direction.release()
+
     def quotient(self, weight: Tensor) -> Tensor:
         """m / |V|, (out,)."""
         with torch.no_grad():

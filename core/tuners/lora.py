@@ -4,21 +4,28 @@ B (out, r) and A (r, cols) are the only trained tensors. With `use_rslora` the s
 (Kalajdzievski 2023, arXiv:2312.03732), which keeps the size of updates independent of the rank.
 
 In a grouped convolution every group applies the same A to its own channels, so B A is a grouped kernel and merges.
+
+Starts taken from the weight (`init/`) leave the weight alone: where training begins at $B_0 A_0 \ne 0$, the adapter is
+$W' = W + s (B A - B_0 A_0)$, with the start as frozen factors.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from math import sqrt
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter import Factor, Factored, Inner, kaiming_, method
 from ..config import PeftConfig, PeftType, RankedConfig
+from ..init import Start, find_initialisation
+from ..init.eva import EvaConfig
+from ..init.loftq import LoftQConfig
+from ..kept import Kept
 from ..sites import Embedding, Site
 from .dora import OptionalDora
 
@@ -38,17 +45,22 @@ class LoraConfig(OptionalDora, RankedConfig):
     """Which biases of the base model are trained along."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) rather than alpha / r."""
-    init_lora_weights: bool | Literal["gaussian"] = True
+    init_lora_weights: bool | str = True
     """True: Kaiming-uniform A and zero B; "gaussian": normal A of deviation 1 / r and zero B; False: both random, so
-    that the adapter starts as something else than the identity (for tests)."""
+    that the adapter starts as something else than the identity (for tests). Starts that look at the weight or at data:
+    "pissa", "pissa_niter_[n]", "olora", "orthogonal", "loftq", "eva" (see `core/init/`)."""
+    loftq_config: LoftQConfig | dict[str, int] = field(default_factory=dict)
+    """Bits and rounds of "loftq"; needed there and refused elsewhere."""
+    eva_config: EvaConfig | dict[str, Any] | None = None
+    """Options of "eva"; None takes the defaults there."""
     lora_bias: bool = False
     """Add a trained bias to B."""
 
     alpha_field: ClassVar[str] = "lora_alpha"
     later: ClassVar[frozenset[str]] = frozenset(
         {
-            "alora_invocation_tokens", "arrow_config", "corda_config", "ensure_weight_tying", "eva_config",
-            "kasa_config", "layer_replication", "loftq_config", "lora_ga_config", "megatron_config",
+            "alora_invocation_tokens", "arrow_config", "corda_config", "ensure_weight_tying",
+            "kasa_config", "layer_replication", "lora_ga_config", "megatron_config",
             "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
             "velora_config",
         }
@@ -59,12 +71,25 @@ class LoraConfig(OptionalDora, RankedConfig):
         super().__post_init__()
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias={self.bias!r} is unknown; expected 'none', 'all' or 'lora_only'")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(
-                f"init_lora_weights={self.init_lora_weights!r} is unknown; expected True, False or 'gaussian'"
+        find_initialisation(self.init_lora_weights)
+        self._check_start("loftq", self.loftq_config)
+        self._check_start("eva", self.eva_config)
+        if self.init_lora_weights == "loftq":
+            given = (
+                self.loftq_config if isinstance(self.loftq_config, LoftQConfig) else LoftQConfig(**self.loftq_config)
             )
+            self.loftq_config = asdict(given)
+        if self.init_lora_weights == "eva":
+            given = self.eva_config or EvaConfig()
+            self.eva_config = given if isinstance(given, EvaConfig) else EvaConfig(**given)
+        if self.lora_bias and self.init_lora_weights not in (True, False):
+            raise ValueError(f"lora_bias=True goes only with a plain start, not {self.init_lora_weights!r}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout} is not a probability below 1")
+
+    def _check_start(self, name: str, options: Any) -> None:
+        if options and self.init_lora_weights != name:
+            raise ValueError(f"{name}_config has an effect only with init_lora_weights={name!r}; set both or neither")
 
 
 def lora_config(like: PeftConfig, ranks: dict[str, int]) -> LoraConfig:
@@ -92,8 +117,14 @@ class LoRA(Factored):
 
     def __init__(self, config: LoraConfig, site: Site, path: str, device: torch.device, dtype: torch.dtype):
         super().__init__(config, site, path, device, dtype)
+        self.path = path
         self.r, self.lora_alpha = config.rank_and_alpha(path)
         self.scaling = self.lora_alpha / (sqrt(self.r) if config.use_rslora else self.r)
+        self.initialisation = find_initialisation(config.init_lora_weights)
+        self.subtracts = self.initialisation is not None and self.initialisation.subtracts
+        self.replaced: Kept | None = None
+        self.start_B: Tensor
+        self.start_A: Tensor
         self.is_embedding = isinstance(site, Embedding)
         if self.is_embedding:
             if config.lora_bias:
@@ -113,23 +144,66 @@ class LoRA(Factored):
 
     def reset(self) -> None:
         init = self.config.init_lora_weights
-        if self.is_embedding:
+        if self.initialisation is not None:
+            start = self._start()
+            for target, factor in zip(self._held_factors(), start[:2], strict=True):
+                target.data.copy_(factor.reshape(target.shape))
+        elif self.is_embedding:
             nn.init.normal_(self.lora_embedding_B)
             (nn.init.zeros_ if init else nn.init.normal_)(self.lora_embedding_A)
-            return
-        if init == "gaussian":
-            nn.init.normal_(self.lora_A.weight, std=1 / self.r)
         else:
-            kaiming_(self.lora_A.weight)
-        (torch.zero_ if init else kaiming_)(self.lora_B.weight)
-        if self.config.lora_bias:
-            (nn.init.zeros_ if init else nn.init.normal_)(self.lora_B.bias)
+            if init == "gaussian":
+                nn.init.normal_(self.lora_A.weight, std=1 / self.r)
+            else:
+                kaiming_(self.lora_A.weight)
+            (torch.zero_ if init else kaiming_)(self.lora_B.weight)
+            if self.config.lora_bias:
+                (nn.init.zeros_ if init else nn.init.normal_)(self.lora_B.bias)
+
+    def prepare(self) -> None:
+        if self.subtracts or self.replaces_base:
+            self._start()
+
+    def _start(self) -> Start:
+        """Compute the start, and keep of it what no file holds."""
+        assert self.initialisation is not None
+        start = self.initialisation(self, self.config.init_lora_weights)
+        if self.subtracts:
+            for name, factor in (("start_B", -start.b), ("start_A", start.a)):
+                self.register_buffer(name, factor.to(self.site.device, self.dtype), persistent=False)
+        if start.base is not None and self.replaced is None:
+            old = self.site.module._parameters["weight"]
+            self.replaced = Kept(old, "cpu")
+            new = self.site.from_matrix(start.base).to(old.dtype)
+            self.site.module._parameters["weight"] = nn.Parameter(new, requires_grad=False)
+        return start
+
+    @property
+    def replaces_base(self) -> bool:
+        return self.initialisation is not None and self.initialisation.replaces_base
+
+    def release(self) -> None:
+        if self.replaced is not None:
+            parameters = self.site.module._parameters
+            parameters["weight"] = self.replaced.restore(parameters["weight"])
+            self.replaced = None
+
+    def _held_factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The trained B and A, in the shapes of the file."""
+        if self.is_embedding:
+            return self.lora_embedding_B, self.lora_embedding_A
+        return self.lora_B.weight, self.lora_A.weight
 
     def factors(self) -> tuple[Tensor, Tensor]:
         if self.is_embedding:
-            return self.lora_embedding_B, self.lora_embedding_A
-        b, a = self.lora_B.weight, self.lora_A.weight
-        return (b, a) if b.ndim == 2 else (b.flatten(1), a.flatten(1))
+            b, a = self.lora_embedding_B, self.lora_embedding_A
+        else:
+            b, a = self.lora_B.weight, self.lora_A.weight
+            if b.ndim > 2:
+                b, a = b.flatten(1), a.flatten(1)
+        if self.subtracts:
+            return torch.cat([b, self.start_B], 1), torch.cat([a, self.start_A])
+        return b, a
 
     def set_factors(self, b: Tensor, a: Tensor, bias: Tensor | None = None) -> None:
         """Take B (out, r), A (r, cols) and, with `lora_bias`, a bias (out,) as its own, in the shapes of the layer's

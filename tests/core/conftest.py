@@ -22,6 +22,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"r": 2, "use_rslora": True, "init_lora_weights": "gaussian"},
         {"r": 2, "use_dora": True},
         {"r": 2, "use_dora": True, "dora_on_input": True},
+        {"r": 2, "lora_alpha": 3, "init_lora_weights": "pissa"},
     ],
     "LOHA": [{"r": 2, "alpha": 3}, {"r": 1}, {"r": 2, "use_effective_conv2d": True}, {"r": 2, "use_dora": True}],
     "LOKR": [
@@ -98,7 +99,7 @@ each_matrix_case = pytest.mark.parametrize(("method", "variant", "kind"), MATRIX
 def make_config(method: str, variant: int, random: bool = True, **changes: Any) -> PeftConfig:
     """A small config; `random` starts it away from the identity."""
     options = {"target_modules": ["layer"]} | SETTINGS[method][variant] | changes
-    if random:
+    if random and options.get("init_lora_weights") != "pissa":  # which moves from its start when stirred
         options[RANDOM.get(method, "init_weights")] = False
     return config_classes()[method](**options)
 

@@ -266,6 +266,7 @@ def test_dropouts_act_in_training_only(method, variant, kind):
     torch.manual_seed(0)
     model, x = AdaptedModel(Net(kind).eval()), (KINDS | NORMS)[kind].sample()
     model.add("a", make_config(method, variant, **options))
+    stir(model, "a")
     y = model(x)
     assert torch.equal(model(x), y)
     model.train()
