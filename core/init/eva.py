@@ -58,8 +58,9 @@ class Components:
 
     def add(self, rows: Tensor) -> Tensor:
         """Take in rows (n, features), n at least `number`; returns for each component its cosine to the one before."""
-        n, mean = len(rows), rows.mean(0)
-        centred = rows - mean
+        rows = rows.cpu() if rows.device.type == "mps" else rows  # which has no float64
+        n, mean = len(rows), rows.mean(0, dtype=torch.float64)
+        centred = (rows - mean).to(rows.dtype)
         total = self.count + n
         self.variance = self.variance + centred.square().sum(dtype=torch.float64)
         matrix, before = centred, None
@@ -78,7 +79,7 @@ class Components:
         self.mean, self.count = mean, total
         if before is None:
             return torch.zeros(len(vectors), device=rows.device)
-        return torch.nn.functional.cosine_similarity(self.vectors, before)
+        return torch.nn.functional.cosine_similarity(self.vectors, before.to(self.vectors))
 
     @property
     def shares(self) -> Tensor:

@@ -87,6 +87,12 @@ class LoraConfig(OptionalDora, RankedConfig):
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout} is not a probability below 1")
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether its factors mean something only beside the base weight that they started from."""
+        start = find_initialisation(self.init_lora_weights)
+        return start is not None and (start.subtracts or start.replaces_base)
+
     def _check_start(self, name: str, options: Any) -> None:
         if options and self.init_lora_weights != name:
             raise ValueError(f"{name}_config has an effect only with init_lora_weights={name!r}; set both or neither")

@@ -70,6 +70,11 @@ def from_core(adapters: Adapters, metadata: Mapping[str, str] | None = None) -> 
     """
     components: dict[str, dict[str, Layer]] = {}
     for component, (config, tensors) in adapters.items():
+        if getattr(config, "needs_base", False):
+            raise ValueError(
+                f"{component}: init_lora_weights={config.init_lora_weights!r} needs the base weights that it "  # type: ignore[attr-defined]
+                "started from: attach it and write a plain LoRA with save_as_lora"
+            )
         layered = config.layers if isinstance(config, LayerwiseConfig) else {}
         values = {id(c): c.to_dict() for c in layered.values() or [config]}
         by_path: dict[str, dict[str, Tensor]] = {}
