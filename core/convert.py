@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .adapted import AdaptedModel
+from .adapter import Dense
 from .combine import Blend, Report, blend
-from .config import PeftType
 from .errors import PeftWarning
 from .files import PREFIX, save_adapter
 from .handle import handle_of
@@ -20,7 +20,7 @@ from .tuners.lora import LoraConfig
 
 def convert_to_lora(
     model: nn.Module,
-    rank: int | float,
+    rank: int | float | None = None,
     adapter_name: str = "default",
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
@@ -33,7 +33,8 @@ def convert_to_lora(
     Arguments:
         rank: an int is the rank, at which each layer is the best approximation there is. A float in (0, 1] is the share
             of the squared singular values to keep, by which each layer finds the smallest rank of its own: the relative
-            error is at most sqrt(1 - rank). `save_as_lora` says which it is.
+            error is at most sqrt(1 - rank). `save_as_lora` says which it is. None keeps the ranks that the adapter has,
+            and is exact: so a PiSSA or OLoRA becomes a plain LoRA over the original base, of twice its rank.
         compile_kwargs: PEFT's way to tune how it computes; nothing is compiled here.
 
     Raises:
@@ -48,7 +49,7 @@ def convert_to_lora(
 def save_as_lora(
     path: str | Path,
     model: nn.Module,
-    rank: int | float,
+    rank: int | float | None = None,
     adapter_name: str = "default",
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
@@ -66,11 +67,14 @@ def save_as_lora(
     return report
 
 
-def _converted(model: nn.Module, rank: int | float, name: str, progressbar: bool) -> Blend:
+def _converted(model: nn.Module, rank: int | float | None, name: str, progressbar: bool) -> Blend:
     handle = _handle(model)
+    if rank is None:
+        _check_exact(handle, name)
+        return blend(handle, [name], [1.0], "cat", progressbar=progressbar)
     options = _cut(rank)
     config = handle.configs.get(name)
-    if config is not None and config.peft_type == PeftType.LORA and not getattr(config, "use_dora", False):
+    if isinstance(config, LoraConfig) and not config.use_dora and not config.needs_base:
         message = f"{name!r} is a LoRA already: converting it only changes its rank"
         warnings.warn(message, PeftWarning, stacklevel=3)
     for path, adapter in handle.adapters(name).items():
@@ -80,6 +84,17 @@ def _converted(model: nn.Module, rank: int | float, name: str, progressbar: bool
             if rank > most:
                 raise ValueError(f"The chosen rank {rank} is larger than the weight of {path} allows, which is {most}")
     return blend(handle, [name], [1.0], "svd", progressbar=progressbar, **options)
+
+
+def _check_exact(handle: AdaptedModel, name: str) -> None:
+    """Raise `ValueError` if the adapter has no ranks to keep, or is no change of the original weights."""
+    for path, adapter in handle.adapters(name).items():
+        if adapter.whole is None:
+            adapter.check_mergeable()
+            if not isinstance(adapter, Dense) or adapter.factors() is None:
+                raise ValueError(f"{path}: {type(adapter).__name__} has no rank of its own: give one")
+            if adapter.replaces_base:
+                raise ValueError(f"{path}: the adapter runs over a quantised weight, which no LoRA brings about")
 
 
 def _handle(model: nn.Module) -> AdaptedModel:

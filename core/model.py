@@ -18,6 +18,7 @@ from .config import HEADS, PeftConfig, TaskType
 from .errors import PeftWarning
 from .files import from_file, load_adapter, read_config, read_weights, save_adapter, to_file
 from .handle import handle_of
+from .initial import as_plain_lora
 from .methods import AdapterMethods, BaseTuner
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 
@@ -134,11 +135,15 @@ class PeftModel(AdapterMethods, nn.Module):
         selected_adapters: Sequence[str] | None = None,
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
         **options: Any,
     ) -> None:
         """Write the adapters as `peft` reads them: "default" into the directory, others into folders of their name.
 
         A `state_dict` of the whole model, gathered shards for example, is taken for the values where one is given.
+        With `path_initial_model_for_weight_conversion`, the directory of a LoRA as it was before training, what is
+        written is the plain LoRA of twice the rank that does the same over the original base model. `save_as_lora`
+        needs no such directory.
         """
         _accept(options)
         if not safe_serialization:
@@ -158,7 +163,11 @@ class PeftModel(AdapterMethods, nn.Module):
             if config.base_model_name_or_path is None:
                 config.base_model_name_or_path = getattr(self.get_base_model(), "name_or_path", None) or None
             tensors = get_peft_model_state_dict(self, state_dict, name)
-            save_adapter(directory, config, {from_file(key): tensor for key, tensor in tensors.items()})
+            tensors = {from_file(key): tensor for key, tensor in tensors.items()}
+            if path_initial_model_for_weight_conversion is not None:
+                initial = read_weights(path_initial_model_for_weight_conversion)
+                config, tensors = as_plain_lora(config, tensors, initial)
+            save_adapter(directory, config, tensors)
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, **options: Any) -> None:
         """Add a fresh adapter, of any method; it becomes active only if none was."""
@@ -232,7 +241,6 @@ _UNNEEDED = {
 _AT_REST = {
     "key_mapping": {None},
     "ignore_mismatched_sizes": {False},
-    "path_initial_model_for_weight_conversion": {None},
     "save_embedding_layers": {"auto", False},
 }
 """Options of PEFT that could change the result: accepted only with values that ask for nothing."""
