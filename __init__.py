@@ -12,6 +12,7 @@ from .lazy import face
 if TYPE_CHECKING:
     from . import core, diffusion, studio, text
     from .core import (
+        AdaLoraConfig,
         AdaptedLayer,
         AdaptedModel,
         AdapterFileError,
@@ -60,6 +61,7 @@ _HOME = {
     "diffusion": "diffusion",
     "studio": "studio",
     "text": "text",
+    "AdaLoraConfig": "core",
     "AdaptedLayer": "core",
     "AdaptedModel": "core",
     "AdapterFileError": "core",
@@ -94,8 +96,8 @@ _HOME = {
     "initialize_lora_eva_weights": "core",
     "inject_adapter_in_model": "core",
     "load_peft_weights": "core",
-    "save_as_lora": "core",
     "mixed_batch": "core",
+    "save_as_lora": "core",
     "set_adapter": "core",
     "set_peft_model_state_dict": "core",
 }

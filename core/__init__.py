@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .state import State
     from .status import BaseTunerLayer, LoraLayer, ModulesToSaveWrapper, get_layer_status, get_model_status
     from .steps import TrainingState, after_step, load_training_state, penalty, training_state
+    from .tuners.adalora import AdaLoraConfig
     from .tuners.diag_oft import DiagOFTConfig
     from .tuners.full import FullConfig
     from .tuners.glora import GLoraConfig
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from .tuners.oft import OFTConfig
 
 _HOME = {
+    "AdaLoraConfig": "tuners.adalora",
     "AdaptedLayer": "layer",
     "AdaptedModel": "adapted",
     "Adapter": "adapter",

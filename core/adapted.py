@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from itertools import islice
 from typing import Any
 
@@ -78,6 +79,8 @@ class AdaptedModel(nn.Module):
             ValueError: the name is taken or unusable, or the config does not fit the model. Nothing has changed then.
         """
         self._check_new(name, config)
+        if any(config is other for other in self.configs.values()):
+            config = deepcopy(config)  # training may write to it
         with no_collection():
             built = build_adapters(
                 self.model,

@@ -21,6 +21,7 @@ from .errors import PeftWarning
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from .adapter import Adapter
     from .sites import Site
@@ -34,6 +35,10 @@ class PeftType(StrEnum):
     LOKR = "LOKR"
     IA3 = "IA3"
     OFT = "OFT"
+    ADALORA = "ADALORA"
+    VERA = "VERA"
+    LN_TUNING = "LN_TUNING"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
 
     FULL = "FULL"
     GLORA = "GLORA"
@@ -133,6 +138,10 @@ class PeftConfig:
             kind = type(site.module).__name__
             raise ValueError(f"{path}: {self.peft_type} cannot adapt a {kind}, whose weight is no matrix")
         return self.adapter_class(self, site, path, device, dtype)
+
+    def filed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The adapter's tensors, by `path.name`, as its file holds them."""
+        return tensors
 
     # ---------------------------------------------------------------- JSON
 

@@ -128,7 +128,7 @@ def save_adapter(
 ) -> None:
     """Write an adapter directory that `peft` reads. Tensors are named by module path, without prefix."""
     directory = Path(directory)
-    write_tensors(directory / WEIGHTS_NAME, {to_file(key): t for key, t in tensors.items()}, metadata)
+    write_tensors(directory / WEIGHTS_NAME, {to_file(key): t for key, t in config.filed(tensors).items()}, metadata)
     write_config(directory, config, inference_mode=True)
 
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from veneer.core import AdaptedModel, PeftConfig
 from veneer.core.config import config_classes
 
-RANDOM = {"LORA": "init_lora_weights", "IA3": "init_ia3_weights"}
+RANDOM = {"LORA": "init_lora_weights", "ADALORA": "init_lora_weights", "IA3": "init_ia3_weights"}
 """The option that turns a method's identity start into a random one, where it is not `init_weights`."""
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -34,6 +34,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"r": 8, "left_shape": (2, 1)},
     ],
     "IA3": [{"feedforward_modules": []}, {"feedforward_modules": ["layer"], "target_modules": ["layer"]}],
+    "ADALORA": [{"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}],
     "OFT": [{"oft_block_size": 2}, {"r": 2, "oft_block_size": 0, "use_cayley_neumann": False, "block_share": True}],
     "FULL": [{"scale": 1.5}, {"train_bias": True}],
     "GLORA": [{"r": 2, "alpha": 1}],
