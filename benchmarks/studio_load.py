@@ -200,7 +200,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    busy = os.getloadavg()[0]
     found = measure(options.clients, options.seconds)
+    found["load_average"] = {"before": round(busy, 1), "after": round(os.getloadavg()[0], 1)}
     found["device"] = f"{platform.machine()}, {os.cpu_count()} CPU cores, clients on the same ones"
     found["date"] = time.strftime("%Y-%m-%d")
     found["clients"], found["seconds"] = options.clients, options.seconds

@@ -10,11 +10,14 @@ from contextlib import asynccontextmanager
 import gradio as gr
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
+from gradio.routes import App
+from starlette.routing import Mount
 
 from . import files
 from .auth import Auth, load_secret
 from .gate import Gate, Uploads
 from .jobs.supervisor import Supervisor
+from .sessions import keep_little
 from .users import Users
 from .views import style
 from .views.page import Page, build
@@ -37,7 +40,7 @@ def create_app(workspace: Workspace, users: Users | None = None) -> FastAPI:
         return JSONResponse({"ok": True})
 
     blocks = build(Page(workspace, uploads, many=users is not None))
-    blocks.state_session_capacity = 200  # each open page, and each call without one, holds about a megabyte
+    blocks.state_session_capacity = 1000  # open pages, and calls without one; each holds some ten kilobytes
     blocks.queue(api_open=False, max_size=64)
     app = gr.mount_gradio_app(
         app,
@@ -54,6 +57,8 @@ def create_app(workspace: Workspace, users: Users | None = None) -> FastAPI:
         css=style.CSS,
         head=style.HEAD,
     )
+    mounts = (route.app for route in app.routes if isinstance(route, Mount))
+    keep_little(blocks, next(mounted for mounted in mounts if isinstance(mounted, App)))
     app.add_middleware(Gate, auth=auth, uploads=uploads)
     return app
 

@@ -6,6 +6,7 @@ password or a removed user ends every session, and nothing has to be kept on the
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -13,6 +14,7 @@ import os
 import secrets
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 from urllib.parse import parse_qs, urlsplit
@@ -27,6 +29,8 @@ from .workspace import ME
 COOKIE = "veneer_session"
 LIFETIME = 30 * 24 * 3600
 """Seconds until a login is asked for again."""
+CHECKS = 2
+"""Passwords looked at at a time. Each takes 16 MB, which its thread keeps."""
 FORM_LIMIT = 4096
 """Bytes of a login form, far above any name and password."""
 _PAGE = Markup((Path(__file__).parent / "views" / "login.html").read_text(encoding="utf-8"))
@@ -68,6 +72,7 @@ class Auth:
     def __init__(self, secret: bytes, users: Users | None):
         self.secret, self.users = secret, users
         self.throttle = Throttle()
+        self._checks = ThreadPoolExecutor(CHECKS, "login")
 
     def owner(self, request: Request) -> str | None:
         """The user of a request; None for nobody."""
@@ -108,7 +113,8 @@ class Auth:
             form = parse_qs((await _body(request)).decode(errors="replace"))
             name, password, target = (form.get(key, [""])[0] for key in ("name", "password", "next"))
             address = request.client.host if request.client else ""
-            return await _in_thread(self._enter, name, password, _target(target), f"from {address}", _is_https(request))
+            tried = (name, password, _target(target), f"from {address}", _is_https(request))
+            return await asyncio.get_running_loop().run_in_executor(self._checks, self._enter, *tried)
 
         @app.post("/logout")
         def leave() -> Response:
@@ -158,12 +164,6 @@ async def _body(request: Request) -> bytes:
         if len(body) > FORM_LIMIT:
             return b""
     return body
-
-
-async def _in_thread(function, *arguments) -> Response:
-    from starlette.concurrency import run_in_threadpool
-
-    return await run_in_threadpool(function, *arguments)
 
 
 def _is_https(request: Request) -> bool:

@@ -43,6 +43,7 @@ _GRADIO = (
     "reset",
     "startup-events",
     "login_check",
+    "app_id",
     "file=",
 )
 """What the page and `gradio_client` ask for. Whatever else Gradio answers (proxies, deep links, monitoring, developer

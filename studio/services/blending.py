@@ -7,7 +7,7 @@ two against each other.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from ...diffusion.families import EMBEDDED
@@ -19,6 +19,8 @@ from . import drawing, models, references
 
 MOST = 4
 """Adapters in one blend."""
+LONGEST = 12
+"""Rows or columns of a grid: more do not fit on a screen."""
 
 
 @dataclass(frozen=True)
@@ -165,43 +167,76 @@ def _checked(option: Option, value: Any) -> Any:
 # -------------------------------------------------------------------------------- how it looks
 
 
+@dataclass(frozen=True)
+class Axis:
+    """What changes along the rows or the columns of a grid."""
+
+    of: str
+    """"weight-1" to "weight-4" for the weight of one adapter, "strength" for what multiplies all weights, "seed"."""
+    values: tuple[float, ...]
+
+    def apply(self, weights: list[float], seed: int, value: float) -> tuple[list[float], int]:
+        """Weights and seed at one place of the axis."""
+        if self.of == "seed":
+            return weights, int(value)
+        if self.of == "strength":
+            return [value * weight for weight in weights], seed
+        at = int(self.of.removeprefix("weight-")) - 1
+        return [*weights[:at], value, *weights[at + 1 :]], seed
+
+
+def axis(of: object, values: Sequence[Any], adapters: int) -> Axis:
+    """An axis, checked.
+
+    Raises:
+        StudioError: of what there is none, or values that cannot be.
+    """
+    known = [*(f"weight-{n}" for n in range(1, adapters + 1)), "strength", "seed"]
+    if of not in known:
+        raise StudioError(f"{str(of)[:40]!r} cannot change along a grid. Choose one of {', '.join(known)}.")
+    if not 1 <= len(values) <= LONGEST:
+        raise StudioError(f"A grid has 1 to {LONGEST} rows and columns. Type numbers with commas between.")
+    check = drawing.checked_seeds if of == "seed" else lambda numbers: map(references.checked_weight, numbers)
+    return Axis(str(of), tuple(check(values)))
+
+
 def preview_grid(
     ws: Workspace,
     user: str,
     adapters: drawing.Weighted,
     kind: str,
     prompt: str,
-    rows: Sequence[float],
-    columns: Sequence[float] = (),
-    seeds: Sequence[int] = (0,),
+    rows: tuple[str, Sequence[Any]],
+    columns: tuple[str, Sequence[Any]],
+    seed: int = 0,
     model: str = EMBEDDED,
     options: Mapping[str, Any] | None = None,
     **draw: Any,
 ) -> str:
     """Draw a blend at many weights, with baselines; the job's id.
 
-    With `columns`, rows are weights of the first adapter and columns those of the second; the others keep theirs. With
-    none, rows are strengths of the whole blend and columns the seeds. Baselines, in row -1, are the bare model and each
-    adapter alone as it is weighted.
+    Baselines, in row -1, are the bare model and each adapter alone as it is weighted.
 
     Arguments:
+        rows, columns: what changes along them, and its values, as `Axis` has them.
         options: of the kind, as `combination` takes them; draw: of the pictures, as `drawing.draw`.
     """
     pairs = [
         (r, references.checked_weight(w)) for r, w in (adapters.items() if isinstance(adapters, Mapping) else adapters)
     ]
     combined = combination(ws, user, [reference for reference, _ in pairs], kind, options)
-    (words,), numbers = drawing.checked_prompts([prompt]), drawing.checked_seeds(seeds)
+    (words,), (number,) = drawing.checked_prompts([prompt]), drawing.checked_seeds([seed])
+    down, across = (axis(*asked, adapters=len(pairs)) for asked in (rows, columns))
+    if down.of == across.of:
+        raise StudioError("Rows and columns change the same. Choose something else for one of them.")
     own = [weight for _, weight in pairs]
-    cells = _baselines(own, [reference for reference, _ in pairs], numbers[0])
-    for row, first in enumerate(map(references.checked_weight, rows)):
-        if columns:
-            for column, second in enumerate(map(references.checked_weight, columns)):
-                weights = [first, second, *own[2:]]
-                cells.append(_cell(row, column, weights, numbers[0], f"{first:g}, {second:g}"))
-        else:
-            weights = [first * weight for weight in own]
-            cells += [_cell(row, i, weights, seed, f"{first:g}, seed {seed}") for i, seed in enumerate(numbers)]
+    cells = _baselines(own, number)
+    for row, first in enumerate(down.values):
+        for column, second in enumerate(across.values):
+            weights, at = across.apply(*down.apply(own, number, first), second)
+            weights = [references.checked_weight(weight) for weight in weights]
+            label = ", ".join(f"{weight:g}" for weight in weights) + (f", seed {at}" if at != number else "")
+            cells.append(_cell(row, column, weights, at, label))
     for cell in cells:
         cell["prompt"] = words
     arguments = drawing.request(ws, user, cells, pairs, model, draw)
@@ -209,7 +244,8 @@ def preview_grid(
     for cell in arguments["cells"]:
         if cell["row"] < 0 and cell["column"] > 0:
             cell["label"] = f"{names[cell['column'] - 1]} alone"
-    return store.submit(ws, user, "grid", arguments | {"combination": combined})
+    axes = {"rows": asdict(down), "columns": asdict(across)}
+    return store.submit(ws, user, "grid", arguments | {"combination": combined, "axes": axes})
 
 
 def _cell(
@@ -218,10 +254,10 @@ def _cell(
     return {"row": row, "column": column, "weights": list(weights), "seed": seed, "label": label, "combine": combine}
 
 
-def _baselines(own: Sequence[float], names: Sequence[str], seed: int) -> list[dict[str, Any]]:
+def _baselines(own: Sequence[float], seed: int) -> list[dict[str, Any]]:
     """The bare model, and each adapter alone."""
     nothing = [0.0] * len(own)
-    alone = [[weight if i == at else 0.0 for i, weight in enumerate(own)] for at in range(len(names))]
+    alone = [[weight if i == at else 0.0 for i, weight in enumerate(own)] for at in range(len(own))]
     return [
         _cell(-1, column, weights, seed, "no adapter", combine=False)
         for column, weights in enumerate([nothing, *alone])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...core.header import read_header
 from ...diffusion.base import BaseModel
-from ...diffusion.families import EMBEDDED, FAMILIES
+from ...diffusion.families import EMBEDDED, EMBEDDED_PATH, FAMILIES
 from ..errors import NotFound, PermissionDenied, StudioError
 from ..workspace import ME, Workspace, locked, read_json, write_json
 
@@ -47,6 +47,20 @@ def source_of(ws: Workspace, name: object) -> str:
         if model.name == name:
             return model.source
     raise NotFound(f"There is no model {str(name)[:80]!r} here. Choose one from the list, or add it under System.")
+
+
+def resolution(source: str) -> int:
+    """Side in pixels of the squares that a model was trained at: its latents' side times what its autoencoder shrinks
+    by. 512 where the files do not tell."""
+    folder = EMBEDDED_PATH if source == EMBEDDED else folder_of(source)
+    unet, vae = (read_json(folder / part / "config.json") or {} for part in ("unet", "vae"))
+    latents, blocks = unet.get("sample_size"), vae.get("block_out_channels")
+    return latents * 2 ** (len(blocks) - 1) if isinstance(latents, int) and blocks else 512
+
+
+def folder_of(source: str) -> Path:
+    """Where the files of a model's source lie: the folder itself, or the hub's cache."""
+    return Path(source) if Path(source).is_dir() else _cached(source)
 
 
 def add(ws: Workspace, user: str, source: str, name: str = "") -> Model:

@@ -17,6 +17,8 @@ from .page import Page, saved
 from .watch import Watch
 
 FORM = ("first", "first_weight", "second", "second_weight", "prompt", "seed", "model", "steps")
+USUAL: dict[str, Any] = {"first": "", "first_weight": 1, "second": "", "second_weight": 1, "prompt": "", "seed": 0,
+                         "model": "embedded", "steps": 20}  # fmt: skip
 NONE = ("the bare model", "")
 
 
@@ -41,9 +43,10 @@ def build(page: Page) -> None:
     watch = Watch(page, "compare", "compare", show, result)
 
     held = [first, first_weight, second, second_weight, prompt, seed, model, steps]
-    page.on_open("compare", open_, [page.adapter], held)
-    page.on([part.change for part in held], keep, held, [], trigger_mode="always_last")
-    page.on(second.input, suggest, [second, prompt], [prompt])
+    page.on_open("compare", open_, [], held)
+    suggested = page.on(second.input, suggest, [second, prompt], [prompt])
+    typed = [part.input for part in held if part is not second]
+    page.on([*typed, suggested.success], keep, held, [], trigger_mode="always_last")
     watch.on([start.click, prompt.submit], begin, held)
 
 
@@ -54,10 +57,9 @@ def weight(label: str, elem_id: str) -> gr.Slider:
 # ---------------------------------------------------------------- handlers
 
 
-def open_(desk: Desk, adapter: str) -> Any:
+def open_(desk: Desk) -> list[Any]:
     choices = [NONE, *adapters(desk)]
-    form = {"first": "", "first_weight": 1, "second": adapter, "second_weight": 1, "prompt": "", "seed": 0,
-            "model": "embedded", "steps": 20} | drafts.load(desk.ws, desk.user, "compare")  # fmt: skip
+    form = USUAL | drafts.load(desk.ws, desk.user, "compare")
     sides = {name: gr.Dropdown(choices=choices, value=known(form[name], choices)) for name in ("first", "second")}
     names = [model.name for model in models.list_models(desk.ws)]
     form |= sides | {"model": gr.Dropdown(choices=names, value=form["model"] if form["model"] in names else names[0])}
@@ -71,6 +73,13 @@ def keep(desk: Desk, *values: Any) -> None:
 def suggest(desk: Desk, second: str, prompt: str) -> Any:
     """The words that call the chosen adapter, where no prompt is typed yet."""
     return references.find(desk.ws, desk.user, second).trigger if second and not prompt.strip() else gr.skip()
+
+
+def offer(desk: Desk, adapter: str) -> None:
+    """Put an adapter on the right side, with its prompt, for whoever opens the tab next."""
+    prompt = references.find(desk.ws, desk.user, adapter).trigger
+    form = USUAL | drafts.load(desk.ws, desk.user, "compare") | {"second": adapter}
+    drafts.save(desk.ws, desk.user, "compare", form | ({"prompt": prompt} if prompt else {}))
 
 
 def begin(desk: Desk, *values: Any) -> str:

@@ -8,13 +8,12 @@ import gradio as gr
 from markupsafe import Markup
 
 from .. import files
-from ..errors import StudioError
 from ..jobs.store import Job
 from ..services import export, library, trash
-from . import html
+from . import blend, compare, html
 from .bind import Desk
 from .html import html as h
-from .page import Page
+from .page import Page, to
 from .watch import Watch
 
 
@@ -35,7 +34,7 @@ def build(page: Page) -> None:
             tags = gr.Textbox(label="Tags, by commas", elem_id="library-tags", interactive=True)
             keep = gr.Button("Save card", elem_id="library-save")
         with gr.Row(equal_height=True):
-            to = gr.Dropdown(
+            to_ = gr.Dropdown(
                 list(_turned(export.TITLES)), value="kohya", label="Export for", elem_id="library-to", interactive=True
             )
             rank = gr.Number(label="Turn into LoRA of rank (0 keeps the method)", value=0, minimum=0, maximum=1024,
@@ -53,23 +52,26 @@ def build(page: Page) -> None:
             interactive=True,
         )
         report = gr.HTML(elem_id="library-report")
+        waiting = gr.HTML(elem_id="library-waiting", js_on_load=html.CLICKS)
     with gr.Accordion("Trash", open=False, elem_id="library-trash"):
         trashed = gr.HTML(elem_id="library-bin", js_on_load=html.CLICKS)
 
     filters = [query, base, method, tag]
     shelf = [cards, trashed]
-    page.on(query.change, look, [*filters, page.adapter], shelf, trigger_mode="always_last")
+    chosen_ = [one, detail, name, trigger, tags]
+    page.on(query.input, look, [*filters, page.adapter], shelf, trigger_mode="always_last")
     page.on([base.input, method.input, tag.input], look, [*filters, page.adapter], shelf)
     page.on_open("library", look, [*filters, page.adapter], shelf)
-    page.on_open("library", choices, None, [base, method, tag])
+    page.on_open("library", choices, [], [base, method, tag, waiting])
     page.on(cards.click, choose, [], [page.adapter], data=True)
-    page.on(page.adapter.change, show, [page.adapter], [one, detail, name, trigger, tags])
-    page.on(page.adapter.change, look, [*filters, page.adapter], shelf)
+    page.on(page.adapter.change, turn_to, [page.adapter, *filters], [*chosen_, *shelf])
+    page.on(detail.click, use, [page.adapter], [page.turn], data=True)
     page.on(keep.click, save, [page.adapter, name, trigger, tags, *filters], [detail, *shelf])
     page.on(delete.click, throw_away, [page.adapter], [page.adapter])
     page.on(trashed.click, restore, filters, [page.adapter, *shelf], data=True)
     page.on(drop.upload, bring_in, [drop, *filters], [report, drop, page.adapter, *shelf])
-    exporting.on(out.click, start_export, [page.adapter, to, rank])
+    page.on(waiting.click, bring_waiting, filters, [report, waiting, page.adapter, *shelf], data=True)
+    exporting.on(out.click, start_export, [page.adapter, to_, rank])
 
 
 # ---------------------------------------------------------------- handlers
@@ -85,7 +87,8 @@ def look(desk: Desk, *values: str) -> tuple[Markup, Markup]:
 def choices(desk: Desk) -> list[Any]:
     found = library.list_adapters(desk.ws, desk.user)
     kinds = ({a.base for a in found}, {a.method for a in found}, {tag for a in found for tag in a.tags})
-    return [gr.Dropdown(choices=[("all", ""), *sorted((k, k) for k in kind if k)]) for kind in kinds]
+    filled = [gr.Dropdown(choices=[("all", ""), *sorted((k, k) for k in kind if k)]) for kind in kinds]
+    return [*filled, waiting_of(desk)]
 
 
 def choose(desk: Desk, data: dict[str, Any]) -> str:
@@ -98,6 +101,20 @@ def show(desk: Desk, adapter: str) -> Any:
     found = library.get(desk.ws, desk.user, adapter)
     card = card_of(found, library.report(desk.ws, desk.user, adapter))
     return gr.Column(visible=True), card, found.name, found.trigger, ", ".join(found.tags)
+
+
+def turn_to(desk: Desk, adapter: str, *filters: str) -> Any:
+    return *show(desk, adapter), *look(desk, *filters, adapter)
+
+
+def use(desk: Desk, data: dict[str, Any], adapter: str) -> str:
+    """Go on to Blend or Compare with this adapter."""
+    tab = str(data.get("act"))
+    _USES[tab](desk, adapter)
+    return to(tab, "library")
+
+
+_USES = {"blend": blend.offer, "compare": compare.offer}
 
 
 def save(desk: Desk, adapter: str, name: str, trigger: str, tags: str, *filters: str) -> Any:
@@ -123,6 +140,12 @@ def bring_in(desk: Desk, paths: list[str], *filters: str) -> Any:
     reports = library.import_files(desk.ws, desk.user, desk.own(paths))
     newest = next((report.adapter for report in reports if report.adapter), None)
     return imported(reports), None, newest or gr.skip(), *look(desk, *filters, newest or "")
+
+
+def bring_waiting(desk: Desk, data: dict[str, Any], *filters: str) -> Any:
+    reports = library.import_waiting(desk.ws, desk.user, str(data.get("name")))
+    newest = next((report.adapter for report in reports if report.adapter), None)
+    return imported(reports), waiting_of(desk), newest or gr.skip(), *look(desk, *filters, newest or "")
 
 
 def start_export(desk: Desk, adapter: str, to: str, rank: int | None) -> str:
@@ -187,8 +210,10 @@ def card_of(adapter: library.Adapter, report: dict[str, Any]) -> Markup:
     }
     partly = [f"{v['program']}: {v['why']}" for v in report.get("verdicts", []) if v["reads"] != "whole"]
     return h(
-        "<h3>{name}</h3>{facts}{partly}{recipe}",
+        '<h3>{name}</h3><div class="line">{blend}{compare}</div>{facts}{partly}{recipe}',
         name=adapter.name,
+        blend=html.button("Blend this", "blend"),
+        compare=html.button("Compare this", "compare"),
         facts=html.facts(known),
         partly=_folded("Other programs", html.notes(partly, "plain")) if partly else "",
         recipe=_folded("Recipe", h('<pre class="command">{r}</pre>', r=adapter.recipe)) if adapter.recipe else "",
@@ -201,6 +226,20 @@ def _folded(title: str, content: Markup) -> Markup:
 
 def imported(reports: list[library.ImportReport]) -> Markup:
     return html.join(html.note(f"{r.name}: {r.message}", "good" if r.adapter else "bad") for r in reports)
+
+
+def waiting_of(desk: Desk) -> Markup:
+    """What lies in the import folder, too large to upload or a folder."""
+    names = library.waiting(desk.ws, desk.user)
+    hint = h(
+        "Larger files and whole folders: put them into <code>{folder}</code> of the studio's data folder.",
+        folder=f"import/{desk.user}/",
+    )
+    rows = (
+        h("<li>{name} {take}</li>", name=n, take=html.button("Import", "take", f"Import {n}", name=n)) for n in names
+    )
+    found = h('<ul class="runs">{rows}</ul>', rows=html.join(rows)) if names else Markup()
+    return html.note(hint) + found
 
 
 def trash_of(desk: Desk) -> Markup:
@@ -219,14 +258,3 @@ def _name(desk: Desk, adapter: str) -> str:
 
 def _turned(titles: dict[str, str]) -> list[tuple[str, str]]:
     return [(title, key) for key, title in titles.items()]
-
-
-def named(desk: Desk) -> list[tuple[str, str]]:
-    """The library as choices of a dropdown."""
-    return [(adapter.name, adapter.id) for adapter in library.list_adapters(desk.ws, desk.user)]
-
-
-def chosen(desk: Desk, adapter: str) -> library.Adapter:
-    if not adapter:
-        raise StudioError("Choose an adapter first.")
-    return library.get(desk.ws, desk.user, adapter)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from time import time_ns
+from typing import Any, NamedTuple
 
 import gradio as gr
 
 from ..gate import Uploads
 from ..workspace import Workspace
-from .bind import Binder, Desk
+from .bind import Binder, Desk, Handler
 
 TABS = {
     "train": "Train",
@@ -21,29 +22,53 @@ TABS = {
 }
 
 
+class Opening(NamedTuple):
+    """What a tab does when it is turned to."""
+
+    handler: Handler
+    inputs: list[Any]
+    outputs: list[Any]
+
+
 class Page(Binder):
     """What the tabs share while they are built."""
 
-    tabs: gr.Tabs
     job: gr.Textbox
     """Id of the run that Runs shows; hidden, and not a State, so that the address can follow it."""
     adapter: gr.Textbox
     """Id of the adapter that Library shows."""
+    turn: gr.Textbox
+    """Takes what `to` says: the tab to turn to."""
 
     def __init__(self, ws: Workspace, uploads: Uploads, many: bool):
         super().__init__(ws, uploads)
         self.many = many
-        self.openings: list[Callable[[Any], None]] = []
-        self._tabs: dict[str, gr.Tab] = {}
+        self._openings: dict[str, list[Opening]] = {key: [] for key in TABS}
 
-    def on_open(self, tab: str, handler: Callable[..., Any], inputs: Any, outputs: Any) -> None:
-        """Call `handler` when the page opens and whenever its tab is turned to."""
-        self.openings.append(lambda blocks: self.on(blocks.load, handler, inputs, outputs))
-        self.on(self._tabs[tab].select, handler, inputs, outputs)
+    def on_open(self, tab: str, handler: Handler, inputs: list[Any], outputs: list[Any]) -> None:
+        """Call `handler` whenever a tab is turned to, together with the others of the tab, in one request."""
+        self._openings[tab].append(Opening(handler, inputs, outputs))
 
-    def go(self, tab: str) -> gr.Tabs:
-        """An update that turns to a tab."""
-        return gr.Tabs(selected=tab)
+    def opened(self, tab: str, event: Callable[..., Any]) -> None:
+        """Bind what `on_open` has collected for a tab."""
+        parts = self._openings[tab]
+
+        def open_tab(desk: Desk, *values: Any) -> list[Any]:
+            rest, made = list(values), []
+            for part in parts:
+                own, rest = rest[: len(part.inputs)], rest[len(part.inputs) :]
+                found = part.handler(desk, *own)
+                made += found if len(part.outputs) > 1 else [found]
+            return made
+
+        self.on(
+            event, open_tab, [i for part in parts for i in part.inputs], [o for part in parts for o in part.outputs]
+        )
+
+
+def to(tab: str, asked_in: str) -> str:
+    """What `Page.turn` takes: turn to `tab`, if the page still shows the one where it was asked for."""
+    return f"{asked_in} {tab} {time_ns()}"
 
 
 def build(page: Page) -> gr.Blocks:
@@ -55,46 +80,50 @@ def build(page: Page) -> gr.Blocks:
         _head(page)
         page.job = gr.Textbox("", label="Run", visible="hidden", elem_id="page-job")
         page.adapter = gr.Textbox("", label="Adapter", visible="hidden", elem_id="page-adapter")
-        with gr.Tabs(elem_id="tabs", selected="train", overflow_behavior="wrap") as page.tabs:
+        page.turn = gr.Textbox("", label="Turn to", visible="hidden", elem_id="page-turn")
+        with gr.Tabs(elem_id="tabs", selected="train", overflow_behavior="wrap"):
             for key, label in TABS.items():
                 with gr.Tab(label, id=key, elem_id=f"tab-{key}") as tab:
-                    page._tabs[key] = tab
                     page.on(tab.select, None, js=_REMEMBER % key)
                     views[key].build(page)
-        for opening in page.openings:
-            opening(blocks)
-        page.on(blocks.load, None, js=_LABELS)
-        blocks.load(
-            _follow_link,
-            None,
-            [page.tabs, page.job, page.adapter],
-            show_progress="hidden",
-            concurrency_limit=None,
-            api_visibility="private",
-        ).then(None, js="() => { window.veneerReady = true; }")
-        page.on(page.job.change, None, page.job, js=_LINK % "job")
-        page.on(page.adapter.change, None, page.adapter, js=_LINK % "adapter")
+                page.opened(key, tab.select)
+        followed = page.on(blocks.load, None, None, [page.job, page.adapter], js=_FOLLOW)
+        page.on(followed.then, None, js=_OPEN)
+        page.on(page.turn.change, None, page.turn, js=_TURN)
+        page.on(page.job.change, None, page.job, js=_LINK % ("job", "job"))
+        page.on(page.adapter.change, None, page.adapter, js=_LINK % ("adapter", "adapter"))
         from .. import api
 
         api.add(page)
     return blocks
 
 
-_REMEMBER = (
-    "() => { if (!window.veneerReady) return; const u = new URL(location); u.searchParams.set('tab', '%s');"
-    " history.replaceState(null, '', u); }"
-)
-_LINK = (
-    "(id) => { if (!window.veneerReady) return; const u = new URL(location); if (id) u.searchParams.set('%s', id);"
-    " history.replaceState(null, '', u); }"
-)
-_LABELS = "() => { document.documentElement.lang = 'en'; }"
-
-
-def _follow_link(request: gr.Request) -> tuple[Any, Any, Any]:
-    asked = request.query_params
-    tab = asked.get("tab", "")
-    return gr.Tabs(selected=tab) if tab in TABS else gr.skip(), asked.get("job", ""), asked.get("adapter", "")
+_FOLLOW = """() => {
+  document.documentElement.lang = 'en';
+  const asked = new URL(location).searchParams;
+  return [asked.get('job') || '', asked.get('adapter') || ''];
+}"""
+_OPEN = """() => {
+  const asked = document.getElementById(`tab-${new URL(location).searchParams.get('tab')}-button`);
+  if (asked && !window.veneerReady) asked.click();
+  window.veneerReady = true;
+}"""
+"""Links are followed in the browser: an answer of the server that comes late would turn away from a tab that somebody
+has chosen meanwhile."""
+_TURN = """(turn) => {
+  const [from, to] = turn.split(' ').map(key => document.getElementById(`tab-${key}-button`));
+  if (from && to && from.getAttribute('aria-selected') === 'true') to.click();
+}"""
+_REMEMBER = """() => {
+  if (!window.veneerReady) return;
+  const u = new URL(location); u.searchParams.set('tab', '%s'); history.replaceState(null, '', u);
+}"""
+_LINK = """(id) => {
+  if (!window.veneerReady) return;
+  const u = new URL(location);
+  if (id) u.searchParams.set('%s', id); else u.searchParams.delete('%s');
+  history.replaceState(null, '', u);
+}"""
 
 
 def _head(page: Page) -> None:

@@ -16,7 +16,7 @@ from ..services import drafts, runs
 from . import html
 from .bind import Desk
 from .html import html as h
-from .page import Page
+from .page import Page, to
 from .watch import EVERY, said
 
 TITLES = {"train": "Training", "draw": "Pictures", "grid": "Grid", "blend": "Blend", "compare": "Comparison",
@@ -49,32 +49,34 @@ def build(page: Page) -> None:
     shown = [page.job, listed, head, training, samples, chart, step, fold, log, timer, seen]
     fresh = gr.State({})
     page.on_open("runs", look, [page.job, log_scale, fresh], shown)
-    page.on([page.job.change, log_scale.change], look, [page.job, log_scale, fresh], shown)
+    page.on(log_scale.input, look, [page.job, log_scale, fresh], shown)
     page.on(timer.tick, look, [page.job, log_scale, seen], shown)
-    page.on(listed.click, choose, None, [page.job], data=True)
-    page.on(head.click, act, [page.job], [page.job, page.tabs, timer], data=True)
-    page.on(keep.click, add, [page.job, step, name], [page.adapter, page.tabs])
+    page.on(listed.click, choose, [log_scale], shown, data=True)
+    acted = page.on(head.click, act, [page.job], [page.job, page.turn], data=True)
+    page.on(acted.success, look, [page.job, log_scale, fresh], shown)
+    page.on(keep.click, add, [page.job, step, name], [page.adapter, page.turn])
 
 
 # ---------------------------------------------------------------- handlers
 
 
-def choose(desk: Desk, data: Mapping[str, Any]) -> str:
-    return store.owned(desk.ws, desk.user, data.get("job")).id
+def choose(desk: Desk, data: Mapping[str, Any], log_scale: bool) -> Any:
+    job = store.owned(desk.ws, desk.user, data.get("job")).id
+    return [job, *look(desk, job, log_scale, {})[1:]]
 
 
 def act(desk: Desk, data: Mapping[str, Any], job: str) -> Any:
     name = data.get("act")
-    return _ACTIONS[name](desk, job) if name in _ACTIONS else (gr.skip(), gr.skip(), gr.skip())
+    return _ACTIONS[name](desk, job) if name in _ACTIONS else (gr.skip(), gr.skip())
 
 
 def add(desk: Desk, job: str, step: int | None, name: str) -> Any:
     adapter = runs.add_to_library(desk.ws, desk.user, job, step or None, name)
     gr.Info("It is in the library.")
-    return adapter, gr.Tabs(selected="library")
+    return adapter, to("library", "runs")
 
 
-def look(desk: Desk, job: str, log_scale: bool, seen: Mapping[str, Any]) -> Any:
+def look(desk: Desk, job: str, log_scale: bool, seen: Mapping[str, Any]) -> list[Any]:
     """What has changed since `seen`, and what that is now."""
     jobs = store.list_jobs(desk.ws, desk.user)
     newest = next((found.id for found in jobs if found.id and found.kind == "train"), "")
@@ -85,7 +87,7 @@ def look(desk: Desk, job: str, log_scale: bool, seen: Mapping[str, Any]) -> Any:
     }
     shown = {"list": lambda: list_of(jobs, job)} | {key: make for key, (_, make) in parts.items()}
     updates = [shown[key]() if stamps[key] != seen.get(key) else gr.skip() for key in shown]
-    return chosen, *updates, gr.Timer(active=any(found.active for found in jobs)), stamps
+    return [chosen, *updates, gr.Timer(active=any(found.active for found in jobs)), stamps]
 
 
 def _parts(desk: Desk, job: str, log_scale: bool) -> dict[str, Any]:
@@ -121,7 +123,7 @@ def _asking(flag: Any) -> Any:
     def ask(desk: Desk, job: str) -> Any:
         store.request(desk.ws, desk.user, job, flag)
         gr.Info(_SAID[flag])
-        return gr.skip(), gr.skip(), gr.Timer(active=True)
+        return gr.skip(), gr.skip()
 
     return ask
 
@@ -137,19 +139,19 @@ _SAID = {
 def _resume(desk: Desk, job: str) -> Any:
     store.resume(desk.ws, desk.user, job)
     gr.Info("Back in the queue; it goes on from its newest checkpoint.")
-    return gr.skip(), gr.skip(), gr.Timer(active=True)
+    return gr.skip(), gr.skip()
 
 
 def _duplicate(desk: Desk, job: str) -> Any:
     before = store.duplicate(desk.ws, desk.user, job)
     drafts.save(desk.ws, desk.user, "train", before["recipe"] | {"dataset": before["dataset"], "name": before["name"]})
     gr.Info("Its recipe is in the form.")
-    return gr.skip(), gr.Tabs(selected="train"), gr.skip()
+    return gr.skip(), to("train", "runs")
 
 
 def _delete(desk: Desk, job: str) -> Any:
     store.delete(desk.ws, desk.user, job)
-    return "", gr.skip(), gr.Timer(active=True)
+    return "", gr.skip()
 
 
 _ACTIONS = {flag: _asking(flag) for flag in _SAID} | {"resume": _resume, "duplicate": _duplicate, "delete": _delete}

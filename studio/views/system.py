@@ -28,7 +28,7 @@ def build(page: Page) -> None:
     gr.HTML('<h3>Help</h3><p class="note plain">The diagnostics file holds versions, the states of your jobs and the '
             "worker's log; no pictures and no prompts.</p><p><a class=\"act\" href=\"/files/diagnostics\" download>"
             "Download diagnostics</a></p>", js_on_load=None)  # fmt: skip
-    page.on_open("system", look, None, [state, known])
+    page.on_open("system", look, [], [state, known])
     page.on([add.click, source.submit], add_model, [source, name], [known, source, name])
     page.on(known.click, remove, None, [known], data=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from time import time_ns
 from typing import Any
 
 import gradio as gr
@@ -14,7 +15,7 @@ from ..services import datasets, drafts, estimates, models, recipes, runs
 from . import html
 from .bind import Desk
 from .html import html as h
-from .page import Page, saved
+from .page import Page, saved, to
 
 FORM = ("dataset", "name", "model", "goal", "method", "trigger", "preset", "advanced")
 """What the draft of this form holds, in the order of its components."""
@@ -67,55 +68,52 @@ def build(page: Page) -> None:
     start = gr.Button("Start training", variant="primary", elem_id="train-start", size="lg")
 
     held = [dataset, name, model, goal, method, trigger, preset, advanced]
-    shown, pictures = [dataset, title, cards], [title, cards]
-    page.on_open("train", open_, None, [*held, title, cards, form, review_])
-    page.on(new.click, create, None, [*shown, report])
-    page.on(delete.click, throw_away, [dataset], [*shown, report])
-    page.on(report.click, undo, [dataset], [*shown, report], data=True)
+    shown, told = [dataset, title], [cards, form, review_]
+    page.on_open("train", open_, [], [*held, title, *told])
+    changes = [
+        page.on(new.click, create, None, [*shown, report]),
+        page.on(delete.click, throw_away, [dataset], [*shown, report]),
+        page.on(report.click, undo, [dataset], [*shown, report], data=True),
+        page.on(drop.upload, add, [dataset, drop], [*shown, drop, report]),
+        page.on(samples.click, sample, None, [*shown, goal, trigger, report], data=True),
+        page.on(dataset.input, choose, [dataset], [title]),
+        page.on(cards.click, remove, [dataset], [report], data=True),
+    ]
+    page.on([change.success for change in changes], tell, held, told)
+    page.on([goal.input, preset.input, method.input, model.input], tell, held, told, trigger_mode="always_last")
+    page.on([trigger.input, name.input], review, held, [review_], trigger_mode="always_last")
     page.on([title.submit, title.blur], rename, [dataset, title], [dataset])
-    page.on(drop.upload, add, [dataset, drop], [*shown, drop, report])
-    page.on(samples.click, sample, None, [*shown, goal, trigger, report], data=True)
-    page.on(dataset.input, show, [dataset], pictures)
-    page.on(dataset.change, review, held, [review_])
-    page.on(cards.click, remove, [dataset], [cards, report], data=True)
     page.on(cards.input, caption, [dataset], [], data=True, trigger_mode="multiple")
-    page.on([goal.change, preset.change, model.change], review, held, [review_])
-    page.on([dataset.change, goal.change, preset.change, method.change, model.change], fill, held, [form])
-    page.on(method.change, review, held, [review_])
-    page.on([trigger.change, name.change], review, held, [review_], trigger_mode="always_last")
     # one by one and none left out, however fast somebody fills them in
-    page.on(form.input, set_, [advanced], [advanced], data=True, trigger_mode="multiple", concurrency_limit=1)
-    page.on(form.click, reset, held, [advanced, form], data=True)
-    page.on(advanced.change, review, held, [review_])
-    page.on(start.click, begin, held, [page.job, page.tabs])
+    filled = page.on(form.input, set_, [advanced], [advanced], data=True, trigger_mode="multiple", concurrency_limit=1)
+    page.on(filled.success, judge, held, [cards, review_], trigger_mode="always_last")
+    page.on(form.click, reset, held, [advanced, *told], data=True)
+    page.on(start.click, begin, held, [page.job, page.turn])
 
 
 # ---------------------------------------------------------------- handlers: the pictures
 
 
-def open_(desk: Desk) -> Any:
+def open_(desk: Desk) -> list[Any]:
     """The form as it was left."""
     form = _left(desk)
     own = datasets.list_datasets(desk.ws, desk.user)
-    dataset = form["dataset"] if form["dataset"] in [d.id for d in own] else (own[0].id if own else None)
-    form["dataset"] = dataset
-    updates = [gr.Dropdown(choices=[(d.name, d.id) for d in own], value=dataset), form["name"],
-               gr.Dropdown(choices=_models(desk), value=form["model"]), *(form[key] for key in FORM[3:])]  # fmt: skip
-    values = tuple(form[key] for key in FORM)
-    return *updates, *show(desk, dataset), fill(desk, *values), review(desk, *values)
+    form["dataset"] = form["dataset"] if form["dataset"] in [d.id for d in own] else (own[0].id if own else None)
+    choices = {
+        "dataset": gr.Dropdown(choices=[(d.name, d.id) for d in own], value=form["dataset"]),
+        "model": gr.Dropdown(choices=_models(desk), value=form["model"]),
+    }
+    return [*(form | choices).values(), choose(desk, form["dataset"]), *tell(desk, *form.values())]
 
 
-def show(desk: Desk, dataset: str | None) -> tuple[str, Markup]:
-    if not dataset:
-        return "", html.empty("No pictures yet.", "Drop some above, or begin with one of the samples.")
-    found = datasets.get(desk.ws, desk.user, dataset)
-    return found.name, pictures_of(found)
+def choose(desk: Desk, dataset: str | None) -> str:
+    return datasets.get(desk.ws, desk.user, dataset).name if dataset else ""
 
 
-def listed(desk: Desk, dataset: str | None) -> tuple[Any, str, Markup]:
-    """The list of data sets with this one chosen, its name and its pictures."""
+def listed(desk: Desk, dataset: str | None) -> tuple[Any, str]:
+    """The list of data sets with this one chosen, and its name."""
     choices = [(found.name, found.id) for found in datasets.list_datasets(desk.ws, desk.user)]
-    return gr.Dropdown(choices=choices, value=dataset), *show(desk, dataset)
+    return gr.Dropdown(choices=choices, value=dataset), choose(desk, dataset)
 
 
 def create(desk: Desk) -> Any:
@@ -156,11 +154,11 @@ def sample(desk: Desk, data: Mapping[str, Any]) -> Any:
     return *listed(desk, found.id), found.goal, found.trigger, said
 
 
-def remove(desk: Desk, data: Mapping[str, Any], dataset: str) -> Any:
+def remove(desk: Desk, data: Mapping[str, Any], dataset: str) -> Markup:
     picture = str(data.get("picture"))
     datasets.remove_image(desk.ws, desk.user, dataset, picture)
     undo_ = html.button("Undo", "restore-image", picture=picture)
-    return show(desk, dataset)[1], h('<p class="note warn">Picture removed. {undo}</p>', undo=undo_)
+    return h('<p class="note warn">Picture removed. {undo}</p>', undo=undo_)
 
 
 def caption(desk: Desk, data: Mapping[str, Any], dataset: str) -> None:
@@ -168,6 +166,19 @@ def caption(desk: Desk, data: Mapping[str, Any], dataset: str) -> None:
 
 
 # ---------------------------------------------------------------- handlers: the recipe
+
+
+def tell(desk: Desk, *values: Any) -> tuple[Markup, Markup, Markup]:
+    """What the pictures, the advanced settings and the review show for a form."""
+    form: dict[str, Any] = dict(zip(FORM, values, strict=True))
+    settings = advanced_of(form["method"], form["advanced"], _usual(desk, form))
+    return pictures_of(desk, form), settings, review(desk, *values)
+
+
+def judge(desk: Desk, *values: Any) -> tuple[Markup, Markup]:
+    """The same without the settings, which somebody is filling in."""
+    pictures, _, cost = tell(desk, *values)
+    return pictures, cost
 
 
 def review(desk: Desk, *values: Any) -> Markup:
@@ -179,27 +190,23 @@ def review(desk: Desk, *values: Any) -> Markup:
     return reviewed(desk, dataset, settings)
 
 
-def fill(desk: Desk, *values: Any) -> Markup:
-    form: dict[str, Any] = dict(zip(FORM, values, strict=True))
-    return advanced_of(form["method"], form["advanced"], _usual(desk, form))
-
-
 def set_(desk: Desk, data: Mapping[str, Any], advanced: Mapping[str, Any]) -> dict[str, Any]:
     return {**advanced, str(data.get("field")): data.get("value")}
 
 
 def reset(desk: Desk, data: Mapping[str, Any], *values: Any) -> Any:
-    return {}, fill(desk, *values[:-1], {})
+    return {}, *tell(desk, *values[:-1], {})
 
 
 def begin(desk: Desk, *values: Any) -> Any:
     form = _recipe(saved(desk, "train", FORM, values))
     job = runs.start_training(desk.ws, desk.user, form.pop("dataset"), form)
     gr.Info("In the queue. Closing this page does not stop it.")
-    return job, gr.Tabs(selected="runs")
+    return job, to("runs", "train")
 
 
 def _left(desk: Desk) -> dict[str, Any]:
+    """The draft, in the order of `FORM`."""
     usual = {"dataset": None, "name": "", "model": "embedded", "goal": "subject", "method": "lora", "trigger": "",
              "preset": "balanced", "advanced": {}}  # fmt: skip
     return usual | {key: value for key, value in drafts.load(desk.ws, desk.user, "train").items() if key in usual}
@@ -250,15 +257,27 @@ def _samples() -> Markup:
     )
 
 
-def pictures_of(dataset: datasets.Dataset) -> Markup:
+def pictures_of(desk: Desk, form: Mapping[str, Any]) -> Markup:
     """A card for each picture, with its caption and what the doctor says of it."""
-    findings = datasets.doctor(dataset, 64)
+    if not form["dataset"]:
+        return html.empty("No pictures yet.", "Drop some above, or begin with one of the samples.")
+    dataset = datasets.get(desk.ws, desk.user, form["dataset"])
+    findings = datasets.doctor(dataset, _resolution(desk, form))
     general = html.notes(f.message for f in findings if f.picture is None)
     said: dict[str, list[str]] = {}
     for finding in findings:
         said.setdefault(finding.picture or "", []).append(finding.message)
     cards = html.join(_picture(dataset, picture, said.get(picture.id, [])) for picture in dataset.pictures)
     return h('{general}<div class="cards">{cards}</div>', general=general, cards=cards)
+
+
+def _resolution(desk: Desk, form: Mapping[str, Any]) -> int:
+    """Side of the training squares: as it is set, or else the model's own."""
+    try:
+        set_here = int(form["advanced"].get("resolution") or 0)
+    except (TypeError, ValueError):
+        set_here = 0
+    return set_here or models.resolution(models.source_of(desk.ws, form["model"]))
 
 
 def _picture(dataset: datasets.Dataset, picture: datasets.Picture, said: Sequence[str]) -> Markup:
@@ -300,7 +319,8 @@ def advanced_of(method: str, set_values: Mapping[str, Any], usual: Mapping[str, 
     fields = recipes.fields_for(method)
     return h(
         '<input class="filter" type="search" data-filter placeholder="Search settings …" aria-label="Search settings">'
-        '{reset}<div class="fields">{fields}</div>',
-        reset=html.button("Back to the preset", "reset", kind="plain") if set_values else "",
+        '{reset}<div class="fields" data-shown="{shown}">{fields}</div>',
+        reset=html.button("Back to the preset", "reset", kind="plain"),
+        shown=time_ns(),  # the browser replaces what was typed only by what differs from what it was given before
         fields=html.join(html.field(f, set_values.get(f.name, usual.get(f.name, f.default))) for f in fields),
     )

@@ -27,36 +27,35 @@ class Watch:
         self.job, self.seen = gr.State(""), gr.State("")
         self.status = gr.HTML(elem_id=f"{name}-status", js_on_load=html.CLICKS)
         self.timer = gr.Timer(EVERY, active=False)
-        shown = [self.status, result, self.timer, self.seen]
-        page.on(self.job.change, self.look, [self.job, gr.State("")], shown)
-        page.on(self.timer.tick, self.look, [self.job, self.seen], shown)
+        self._shown = [self.job, self.status, result, self.timer, self.seen]
+        page.on(self.timer.tick, self.look, [self.job, self.seen], self._shown)
         page.on(self.status.click, self.stop, [self.job], [self.status], data=True)
-        page.on_open(tab, self.found, None, [self.job])
+        page.on_open(tab, self.found, [], self._shown)
 
     def on(self, event: Any, start: Callable[..., str], inputs: Any) -> None:
         """At `event`, `start(desk, *inputs)` begins a job and gives its id."""
 
-        def begin(desk: Desk, *values: Any) -> tuple[str, Any]:
+        def begin(desk: Desk, *values: Any) -> Any:
             job = start(desk, *values)
             drafts.save(desk.ws, desk.user, f"{self.name}_job", {"job": job})
-            return job, html.note("Asked for; it begins as soon as the worker is free.")
+            return self.look(desk, job, "")
 
         begin.__name__ = start.__name__
-        self.page.on(event, begin, inputs, [self.job, self.status])
+        self.page.on(event, begin, inputs, self._shown)
 
-    def found(self, desk: Desk) -> str:
-        """The job that was watched last."""
-        return drafts.load(desk.ws, desk.user, f"{self.name}_job").get("job", "")
+    def found(self, desk: Desk) -> Any:
+        """The job that was watched last, as it stands."""
+        return self.look(desk, drafts.load(desk.ws, desk.user, f"{self.name}_job").get("job", ""), "")
 
-    def look(self, desk: Desk, job: str, seen: str) -> Any:
+    def look(self, desk: Desk, job: str, seen: str) -> list[Any]:
         try:
             now = store.owned(desk.ws, desk.user, job)
         except NotFound:
-            return "", gr.skip(), gr.Timer(active=False), ""
+            return ["", "", gr.skip(), gr.Timer(active=False), ""]
         stamp = f"{now.id} {now.state} {now.step} {now.position} {now.message}"
         if stamp == seen:
-            return [gr.skip()] * 4
-        return status(now), self.show(desk, now), gr.Timer(active=now.active), stamp
+            return [gr.skip()] * 5
+        return [job, status(now), self.show(desk, now), gr.Timer(active=now.active), stamp]
 
     def stop(self, desk: Desk, data: dict[str, Any], job: str) -> Any:
         store.request(desk.ws, desk.user, job, "stop_now")

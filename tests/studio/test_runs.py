@@ -166,7 +166,16 @@ def test_a_grid_has_baselines_and_its_cells_are_their_blends(ws, adapters):
     weighted = {first: 1.0, second: 1.0}
     job = finish(
         ws,
-        blending.preview_grid(ws, "ann", weighted, "cat", "a photo of sks face", [0.0, 1.0], [0.0, 1.0], steps=1),
+        blending.preview_grid(
+            ws,
+            "ann",
+            weighted,
+            "cat",
+            "a photo of sks face",
+            ("weight-1", [0.0, 1.0]),
+            ("weight-2", [0.0, 1.0]),
+            steps=1,
+        ),
     )
     cells = {(cell.row, cell.column): cell for cell in drawing.pictures(ws, "ann", job.id)}
     assert cells[-1, 0].label == "no adapter"
