@@ -21,7 +21,7 @@ from .sessions import keep_little
 from .users import Users
 from .views import style
 from .views.page import Page, build
-from .workspace import Workspace
+from .workspace import Workspace, new_id
 
 MAX_UPLOAD = "20mb"
 """Of one file, pictures and adapters alike; larger adapters are put into the data folder's `import/`."""
@@ -35,9 +35,11 @@ def create_app(workspace: Workspace, users: Users | None = None) -> FastAPI:
     auth.add_routes(app)
     files.add_routes(app, workspace, auth)
 
+    started = new_id()
+
     @app.get("/health")
     def health() -> Response:
-        return JSONResponse({"ok": True})
+        return JSONResponse({"ok": True, "started": started})  # open pages see by it that the server is another one
 
     blocks = build(Page(workspace, uploads, many=users is not None))
     blocks.state_session_capacity = 1000  # open pages, and calls without one; each holds some ten kilobytes

@@ -61,7 +61,7 @@ def build(page: Page) -> None:
     filled = page.on(kinds.input, set_, [chosen, kind, options], [kind, options, kinds], data=True,
                      trigger_mode="multiple", concurrency_limit=1)  # fmt: skip
     adopted = page.on(table.click, adopt, [chosen], [*weights, seed], data=True)
-    typed = [part.input for part in (*weights, prompt, seed, model, name, *axes)]
+    typed = [part.change for part in (*weights, prompt, seed, model, name, *axes)]
     page.on([*typed, picked.success, filled.success, adopted.success], keep, held, [], trigger_mode="always_last")
     drawing_.on(grid.click, begin_grid, held)
     saving.on(save.click, begin_save, held)

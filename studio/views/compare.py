@@ -45,7 +45,7 @@ def build(page: Page) -> None:
     held = [first, first_weight, second, second_weight, prompt, seed, model, steps]
     page.on_open("compare", open_, [], held)
     suggested = page.on(second.input, suggest, [second, prompt], [prompt])
-    typed = [part.input for part in held if part is not second]
+    typed = [part.change for part in held if part is not second]
     page.on([*typed, suggested.success], keep, held, [], trigger_mode="always_last")
     watch.on([start.click, prompt.submit], begin, held)
 

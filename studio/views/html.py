@@ -41,10 +41,16 @@ element.addEventListener('click', event => {
     setTimeout(() => copy.textContent = copy.dataset.said, 1500); };
   if (navigator.clipboard) navigator.clipboard.writeText(copy.dataset.copy).then(done);
 });
+watch('value', () => element.querySelectorAll('[data-shown] [data-field]').forEach(field => {
+  if (field === document.activeElement) return;
+  if (field.type === 'checkbox') field.checked = field.defaultChecked;
+  else if (field.tagName === 'SELECT') [...field.options].forEach(option => option.selected = option.defaultSelected);
+  else field.value = field.defaultValue;
+}));
 """
 """Makes pieces talk: `data-act` is clicked, `data-field` is filled in, `data-filter` hides what `data-search` does not
 match, `data-slide` moves a before/after line, `data-copy` copies. Listeners sit on the component, so that they outlive
-its content."""
+its content. New content changes only what differs, so that what is typed stays; in `data-shown` it gives way."""
 
 
 def html(template: str, /, **values: Any) -> Markup:

@@ -59,7 +59,7 @@ def build(page: Page) -> None:
     filters = [query, base, method, tag]
     shelf = [cards, trashed]
     chosen_ = [one, detail, name, trigger, tags]
-    page.on(query.input, look, [*filters, page.adapter], shelf, trigger_mode="always_last")
+    page.on(query.change, look, [*filters, page.adapter], shelf, trigger_mode="always_last")
     page.on([base.input, method.input, tag.input], look, [*filters, page.adapter], shelf)
     page.on_open("library", look, [*filters, page.adapter], shelf)
     page.on_open("library", choices, [], [base, method, tag, waiting])

@@ -89,6 +89,7 @@ def build(page: Page) -> gr.Blocks:
                 page.opened(key, tab.select)
         followed = page.on(blocks.load, None, None, [page.job, page.adapter], js=_FOLLOW)
         page.on(followed.then, None, js=_OPEN)
+        page.on(blocks.load, None, js=_STAY)
         page.on(page.turn.change, None, page.turn, js=_TURN)
         page.on(page.job.change, None, page.job, js=_LINK % ("job", "job"))
         page.on(page.adapter.change, None, page.adapter, js=_LINK % ("adapter", "adapter"))
@@ -110,6 +111,20 @@ _OPEN = """() => {
 }"""
 """Links are followed in the browser: an answer of the server that comes late would turn away from a tab that somebody
 has chosen meanwhile."""
+_STAY = """() => {
+  let first = null;
+  const look = async () => {
+    if (document.visibilityState !== 'visible') return;
+    const now = await fetch('/health').then(answer => answer.json()).then(told => told.started).catch(() => null);
+    document.body.classList.toggle('alone', now === null);
+    if (first !== null && now !== null && now !== first) location.reload();
+    first = first || now;
+  };
+  look();
+  setInterval(look, 3000);
+  document.addEventListener('visibilitychange', look);
+}"""
+"""A server that was restarted knows nothing of open pages: they load themselves anew, and their drafts with them."""
 _TURN = """(turn) => {
   const [from, to] = turn.split(' ').map(key => document.getElementById(`tab-${key}-button`));
   if (from && to && from.getAttribute('aria-selected') === 'true') to.click();

@@ -81,7 +81,7 @@ def build(page: Page) -> None:
     ]
     page.on([change.success for change in changes], tell, held, told)
     page.on([goal.input, preset.input, method.input, model.input], tell, held, told, trigger_mode="always_last")
-    page.on([trigger.input, name.input], review, held, [review_], trigger_mode="always_last")
+    page.on([trigger.change, name.change], review, held, [review_], trigger_mode="always_last")
     page.on([title.submit, title.blur], rename, [dataset, title], [dataset])
     page.on(cards.input, caption, [dataset], [], data=True, trigger_mode="multiple")
     # one by one and none left out, however fast somebody fills them in
@@ -321,6 +321,6 @@ def advanced_of(method: str, set_values: Mapping[str, Any], usual: Mapping[str, 
         '<input class="filter" type="search" data-filter placeholder="Search settings …" aria-label="Search settings">'
         '{reset}<div class="fields" data-shown="{shown}">{fields}</div>',
         reset=html.button("Back to the preset", "reset", kind="plain"),
-        shown=time_ns(),  # the browser replaces what was typed only by what differs from what it was given before
+        shown=time_ns(),  # the same content again would not be shown anew, and what was typed would stay
         fields=html.join(html.field(f, set_values.get(f.name, usual.get(f.name, f.default))) for f in fields),
     )
