@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from .files import load_adapter, save_adapter
     from .init.eva import EvaConfig
     from .init.loftq import LoftQConfig
+    from .kbit import prepare_model_for_kbit_training, quantize_model
     from .layer import AdaptedLayer
+    from .loftq import replace_lora_weights_loftq
     from .methods import BaseTuner
     from .model import (
         PeftModel,
@@ -126,6 +128,9 @@ _HOME = {
     "on_deltas": "combinations.registry",
     "on_factors": "combinations.registry",
     "penalty": "steps",
+    "prepare_model_for_kbit_training": "kbit",
+    "quantize_model": "kbit",
+    "replace_lora_weights_loftq": "loftq",
     "save_adapter": "files",
     "save_as_lora": "convert",
     "set_adapter": "model",
