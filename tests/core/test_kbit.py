@@ -156,7 +156,7 @@ def test_loftq_comes_nearer_to_the_weights_before_quantizing(options, tmp_path):
     model = saved_and_quantized(tmp_path, **options)
     before = distance(model)
     veneer.replace_lora_weights_loftq(model, tmp_path)
-    assert distance(model) < 0.8 * before
+    assert distance(model) < 0.85 * before
     path, layer = next(iter(model.base_model.layers.items()))
     residual = llama().get_submodule(path).weight - layer.site.read()[0]
     u, s, v = torch.linalg.svd(residual.detach())
@@ -183,7 +183,7 @@ def test_a_callback_decides_layer_by_layer(tmp_path):
 
 def test_loftq_says_what_it_misses(tmp_path):
     model = saved_and_quantized(tmp_path / "model")
-    with pytest.raises(veneer.AdapterFileError, match="no model.safetensors"):
+    with pytest.raises(veneer.AdapterFileError, match=r"no model\.safetensors"):
         veneer.replace_lora_weights_loftq(model, tmp_path)
     with pytest.raises(ValueError, match="model_path is needed"):
         veneer.replace_lora_weights_loftq(model)
