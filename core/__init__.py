@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from .tuners.lokr import LoKrConfig
     from .tuners.lora import LoraConfig
     from .tuners.oft import OFTConfig
+    from .tuners.vera import VeraConfig
 
 _HOME = {
     "AdaLoraConfig": "tuners.adalora",
@@ -106,6 +107,7 @@ _HOME = {
     "TaskType": "config",
     "TrainingState": "steps",
     "Transform": "adapter",
+    "VeraConfig": "tuners.vera",
     "after_step": "steps",
     "blend": "combine",
     "combination": "combinations.registry",

@@ -34,6 +34,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"r": 8, "left_shape": (2, 1)},
     ],
     "IA3": [{"feedforward_modules": []}, {"feedforward_modules": ["layer"], "target_modules": ["layer"]}],
+    "VERA": [{"r": 3}, {"r": 2, "save_projection": False, "projection_prng_key": 7}],
     "ADALORA": [{"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}],
     "OFT": [{"oft_block_size": 2}, {"r": 2, "oft_block_size": 0, "use_cayley_neumann": False, "block_share": True}],
     "FULL": [{"scale": 1.5}, {"train_bias": True}],

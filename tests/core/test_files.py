@@ -152,7 +152,7 @@ def test_a_truncated_weights_file_is_named(saved, share):
         (b"\xff\xfe\x00", "is not a JSON file"),
         (b"[1, 2]", "does not hold a JSON object"),
         (b"{}", "peft_type=None is no method"),
-        (b'{"peft_type": "ADALORA"}', "peft_type='ADALORA' is no method of this release"),
+        (b'{"peft_type": "POLY"}', "peft_type='POLY' is no method of this release"),
         (b'{"peft_type": "LORA", "r": "four"}', "adapter_config.json: .*not supported between"),
         (b'{"peft_type": "LORA", "r": [4]}', "adapter_config.json: .*not supported between"),
         (b'{"peft_type": "LORA", "lora_alpha": "four"}', "`lora_alpha` should be a number but .* is 'four'"),

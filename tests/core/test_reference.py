@@ -56,6 +56,7 @@ CONVS = ["conv1", "conv2", "point", "conv3"]
 EVERY = ["embed", *DENSE, *CONVS]
 LORA = {"r": 4, "lora_alpha": 6, "init_lora_weights": False}
 LYCORIS = {"r": 1, "alpha": 6, "init_weights": False}
+VERA = {"r": 3, "projection_prng_key": 3, "init_weights": False}
 ADALORA = {"init_r": 4, "lora_alpha": 6, "target_r": 2, "total_step": 10, "init_lora_weights": False}
 OFT = {"oft_block_size": 2, "init_weights": False}
 
@@ -104,6 +105,9 @@ CASES = {
             "init_ia3_weights": False,
         },
     ),
+    "vera": ("VeraConfig", VERA | {"target_modules": DENSE}),
+    "vera drawn again": ("VeraConfig", VERA | {"target_modules": DENSE, "save_projection": False}),
+    "vera bias=vera_only": ("VeraConfig", VERA | {"target_modules": ["linear", "head"], "bias": "vera_only"}),
     "adalora": ("AdaLoraConfig", ADALORA | {"target_modules": [*DENSE, "conv2", "point"]}),
     "adalora bias=lora_only": ("AdaLoraConfig", ADALORA | {"target_modules": ["linear", "conv2"], "bias": "lora_only"}),
     "oft": ("OFTConfig", OFT | {"target_modules": ["embed", "linear", "point"]}),
@@ -301,6 +305,8 @@ REAL = [
     (llama, "LoKrConfig", LYCORIS | {"target_modules": "all-linear"}),
     (llama, "IA3Config", {"init_ia3_weights": False, "task_type": "CAUSAL_LM"}),
     (llama, "OFTConfig", OFT | {"target_modules": ["q_proj", "v_proj"]}),
+    (llama, "VeraConfig", VERA | {"target_modules": "all-linear"}),
+    (gpt2, "VeraConfig", VERA | {"task_type": "CAUSAL_LM", "d_initial": 0.2}),
     (llama, "AdaLoraConfig", ADALORA | {"task_type": "CAUSAL_LM"}),
     (bert, "LoraConfig", LORA | {"task_type": "SEQ_CLS"}),
     (
