@@ -16,6 +16,7 @@ from .config import PEFT_FILE_VERSION, PeftConfig
 from .errors import AdapterFileError
 from .fields import misfits
 from .header import MAX_HEADER, check_file, damaged, read_header
+from .hub import download
 
 if TYPE_CHECKING:
     import torch
@@ -198,16 +199,4 @@ def find_file(source: str | Path, name: str, *, subfolder: str | None = None, **
     if Path(source).exists():
         there = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else "no directory"
         raise AdapterFileError(f"Can't find '{name}' at '{directory}'; found {there}")
-    return _download(str(source), name, subfolder, hub)
-
-
-def _download(repo: str, name: str, subfolder: str | None, hub: dict[str, Any]) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repo, name, subfolder=subfolder, **hub))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise AdapterFileError(
-            f"Can't find '{name}' at '{repo}': it is not a local directory, and the hub says: {error}"
-        ) from error
+    return download(str(source), name, subfolder, **hub)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .config import HEADS, PeftConfig, TaskType
 from .errors import PeftWarning
 from .files import from_file, load_adapter, read_config, read_weights, save_adapter, to_file
 from .handle import handle_of
+from .hub import push
 from .initial import as_plain_lora
 from .methods import AdapterMethods, BaseTuner
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -55,6 +57,16 @@ class PeftModel(AdapterMethods, nn.Module):
     # ---------------------------------------------------------------- loading and saving
 
     @classmethod
+    def of(cls, model: nn.Module, autocast_adapter_dtype: bool = True) -> PeftModel:
+        """A handle on the adapters that `model` has already, or is still to be given; it changes nothing."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.base_model = BaseTuner(model)
+        self.autocast_adapter_dtype = autocast_adapter_dtype
+        self.training = model.training
+        return self
+
+    @classmethod
     def from_pretrained(
         cls,
         model: nn.Module,
@@ -73,10 +85,7 @@ class PeftModel(AdapterMethods, nn.Module):
         where = _where(where)
         config = config or read_config(model_id, **where)
         tensors = read_weights(model_id, **where)
-        self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self.base_model = BaseTuner(model)
-        self.autocast_adapter_dtype = autocast_adapter_dtype
+        self = cls.of(model, autocast_adapter_dtype)
         self._load(adapter_name, config, tensors, is_trainable)
         return self
 
@@ -136,9 +145,10 @@ class PeftModel(AdapterMethods, nn.Module):
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         path_initial_model_for_weight_conversion: str | Path | None = None,
+        root: str = "default",
         **options: Any,
     ) -> None:
-        """Write the adapters as `peft` reads them: "default" into the directory, others into folders of their name.
+        """Write the adapters as `peft` reads them: `root` into the directory, others into folders of their name.
 
         A `state_dict` of the whole model, gathered shards for example, is taken for the values where one is given.
         With `path_initial_model_for_weight_conversion`, the directory of a LoRA as it was before training, what is
@@ -158,7 +168,7 @@ class PeftModel(AdapterMethods, nn.Module):
             return
         write_card(Path(save_directory), self.peft_config[names[0]])
         for name in names:
-            directory = Path(save_directory) if name == "default" else Path(save_directory, name)
+            directory = Path(save_directory) if name == root else Path(save_directory, name)
             config = self.peft_config[name]
             if config.base_model_name_or_path is None:
                 config.base_model_name_or_path = getattr(self.get_base_model(), "name_or_path", None) or None
@@ -168,6 +178,23 @@ class PeftModel(AdapterMethods, nn.Module):
                 initial = read_weights(path_initial_model_for_weight_conversion)
                 config, tensors = as_plain_lora(config, tensors, initial)
             save_adapter(directory, config, tensors)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        selected_adapters: Sequence[str] | None = None,
+        root: str = "default",
+        **options: Any,
+    ) -> str:
+        """Upload what `save_pretrained` writes to a repository of the hub, made if it is not there.
+
+        options: those of `hub.push` (`commit_message`, `private`, `token`, `revision`, `create_pr`, `tags`, ...).
+
+        Returns:
+            The address of the commit.
+        """
+        return push(partial(self.save_pretrained, selected_adapters=selected_adapters, root=root), repo_id, **options)
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, **options: Any) -> None:
         """Add a fresh adapter, of any method; it becomes active only if none was."""

@@ -49,7 +49,7 @@ def test_every_public_name_imports(name):
     assert name in dir(veneer)
 
 
-@pytest.mark.parametrize("folder", ["", "core", "diffusion"])
+@pytest.mark.parametrize("folder", ["", "core", "diffusion", "text"])
 def test_type_checkers_see_the_names_that_python_sees(folder):
     tree = ast.parse((ROOT / folder / "__init__.py").read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))

@@ -1,1 +1,22 @@
-"""Adapters for language models. Empty so far: `veneer.get_peft_model` adapts a transformers model today."""
+"""Adapters for language models: transformers' models and what belongs to them. The names below load on first use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..lazy import face
+
+if TYPE_CHECKING:
+    from .load import load_model
+    from .methods import attach, install, uninstall
+
+_HOME = {
+    "attach": "methods",
+    "install": "methods",
+    "load_model": "load",
+    "uninstall": "methods",
+}
+
+__all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
+
+__getattr__, __dir__ = face(__name__, _HOME)
