@@ -1,4 +1,4 @@
-"""Step 5: the trained parts become a `StableDiffusionPipeline` folder.
+"""Step 6: the trained parts become a `StableDiffusionPipeline` folder.
 
 python assemble.py --state state --tokenizer tokenizer --out pipeline
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -44,6 +46,8 @@ def main(options: Options) -> None:
     )
     pipe.save_pretrained(options.out)
     _write_text_encoder_for_all_versions(options.out / "text_encoder")
+    for part in ("unet", "vae"):
+        _forget_origin(options.out / part / "config.json")
     for name in ("vocab.json", "merges.txt"):  # newer libraries write tokenizer.json only, older ones read these
         shutil.copy(options.tokenizer / name, options.out / "tokenizer" / name)
     files = sorted(options.out.rglob("*.safetensors"), key=lambda file: file.stat().st_size)
@@ -58,8 +62,17 @@ def _write_text_encoder_for_all_versions(folder: Path) -> None:
     file, config = folder / "model.safetensors", folder / "config.json"
     tensors = {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    config.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+    _rewrite(config, lambda settings: {**settings, "dtype": "float32"})
+
+
+def _forget_origin(config: Path) -> None:
+    """Take out the folder that a part was loaded from."""
+    _rewrite(config, lambda settings: {key: value for key, value in settings.items() if key != "_name_or_path"})
+
+
+def _rewrite(config: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    settings = change(json.loads(config.read_text(encoding="utf-8")))
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

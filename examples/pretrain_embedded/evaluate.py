@@ -1,4 +1,4 @@
-"""Step 6: how well pipelines draw what they know, in one table.
+"""Step 7: how well pipelines draw what they know, in one table.
 
     python evaluate.py --data data --pipelines ../../diffusion/embedded/pipeline pipeline --out evaluation
 

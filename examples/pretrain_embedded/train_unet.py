@@ -1,9 +1,9 @@
-"""Step 4: the UNet and the text encoder together, from scratch, on the VAE's latents.
+"""Step 5: the UNet and the text encoder together, on the VAE's latents.
 
     python train_unet.py --data data --tokenizer tokenizer --state state --minutes 14
 
-The same command goes on where the last call ended. The results are the folders `state/unet` and
-`state/text_encoder`.
+Starts from nothing, or from another pipeline (`--start`). The same command goes on where the last call ended. The
+results are the folders `state/unet` and `state/text_encoder`.
 """
 
 from __future__ import annotations
@@ -16,50 +16,32 @@ import torch
 import torch.nn.functional as F
 import training
 import tyro
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
+from encode_pool import read_pool, read_vae, vocabulary_size
 from models import TOKENS, make_scheduler, make_text_encoder, make_unet
-from tokenizers import Tokenizer
+from scenes import Emoji, scenes
 from torch import Tensor
-from train_vae import encode, held_out_psnr
 from training import DEVICE, Optimizer, log, mixed_precision
 from transformers import CLIPTextModel
+from warm_start import started_from
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(training.Options):
+class Options(training.Training, training.Pool):
     """Train the UNet and the text encoder."""
 
     tokenizer: Path
-    """Folder that `make_tokenizer.py` wrote."""
+    """Folder of the tokenizer that the captions were encoded with."""
+    start: Path | None = None
+    """Pipeline to start from: its UNet and text encoder, turned to the latents of this VAE. Its tokenizer must be the
+    same. None starts from scratch."""
     minutes: float = 14
-    pool: int = 800_000
     batch: int = 512
     learning_rate: float = 1.4e-3
     text_learning_rate: float = 8e-4
+    average: float = 0.9997
+    """Decay of the averaged weights, a step: the average should span the last tenth of the training or so."""
     warmup: int = 300
-    prepare: bool = False
-    """Only invent the pool and compile, then end: the training itself then starts at once. Run it beside step 3."""
-
-
-def read_vae(state: Path) -> AutoencoderKL:
-    """The trained VAE, frozen."""
-    vae = AutoencoderKL.from_pretrained(state / "vae", dtype=torch.float32, low_cpu_mem_usage=False)
-    return vae.to(DEVICE, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
-def tokenize(folder: Path, captions: list[str]) -> tuple[Tensor, int]:
-    """Token numbers (n, TOKENS), started, ended and padded as CLIP does, and the vocabulary's size."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    size = tokenizer.get_vocab_size()
-    start, end = size - 2, size - 1
-    numbers = torch.full((len(captions), TOKENS), end)
-    numbers[:, 0] = start
-    for row, encoded in enumerate(tokenizer.encode_batch(captions, add_special_tokens=False)):
-        ids = encoded.ids[: TOKENS - 2]
-        numbers[row, 1 : 1 + len(ids)] = torch.tensor(ids)
-    return numbers, size
 
 
 def loss_function(
@@ -80,26 +62,32 @@ def loss_function(
     return loss
 
 
+def models(options: Options) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """UNet and text encoder as training starts with them."""
+    vocabulary = vocabulary_size(options.tokenizer)
+    if options.start is None:
+        unet, text_encoder = make_unet(), make_text_encoder(vocabulary)
+    else:
+        rows, _ = scenes(Emoji(options.data), 1024, seed=3)
+        vaes = read_vae(options.start / "vae"), read_vae(options.state / "vae")
+        unet, text_encoder = started_from(options.start, *vaes, torch.cat(list(training.drawn(options, rows))))
+        known = text_encoder.config.vocab_size
+        if known != vocabulary:
+            raise ValueError(f"{options.tokenizer} has {vocabulary} tokens, {options.start} knows {known}: use its own")
+    return unet.to(DEVICE, memory_format=torch.channels_last).train(), text_encoder.to(DEVICE).train()
+
+
 def main(options: Options) -> None:
-    rows, captions = training.pool_of(options, seed=2)
-    tokens, vocabulary = tokenize(options.tokenizer, captions)
     training.prepare_torch()
-    unet = make_unet().to(DEVICE, memory_format=torch.channels_last)
-    text_encoder = make_text_encoder(vocabulary).to(DEVICE)
+    unet, text_encoder = models(options)
     loss_of = loss_function(unet, text_encoder)
-    loss_of = torch.compile(loss_of) if options.compile else loss_of
-    if options.prepare:
-        loss_of(*random_batch(options.batch, vocabulary)).backward()
-        log("prepared")
-        return
-    vae = read_vae(options.state)
-    log(f"VAE: held-out PSNR {held_out_psnr(vae, options):.2f} dB")
-    images = training.draw(options, rows)
-    latents = torch.cat([encode(vae, part).bfloat16() for part in images.split(2048)])
-    del images, rows, captions
-    log(f"latents: mean {latents[:4096].float().mean():.3f}, std {latents[:4096].float().std():.3f}")
-    tokens = tokens.to(DEVICE)
-    optimizer = Optimizer([(unet, options.learning_rate), (text_encoder, options.text_learning_rate)], average=0.9997)
+    if options.compile:
+        loss_of = torch.compile(loss_of)
+        loss_of(*random_batch(options.batch, text_encoder.config.vocab_size)).backward()
+        log("compiled")
+    latents, tokens = read_pool(options.state)
+    rates = [(unet, options.learning_rate), (text_encoder, options.text_learning_rate)]
+    optimizer = Optimizer(rates, average=options.average)
 
     def loss() -> Tensor:
         chosen = torch.randint(len(latents), (options.batch,), device=DEVICE)
@@ -107,9 +95,8 @@ def main(options: Options) -> None:
         times = torch.randint(0, 1000, (options.batch,), device=DEVICE)
         return loss_of(tokens[chosen], clean, times, torch.randn_like(clean))
 
-    training.train(options, options.state / "unet.pt", {"unet": unet, "text_encoder": text_encoder}, optimizer, loss)
-    unet.half().save_pretrained(options.state / "unet")
-    text_encoder.half().save_pretrained(options.state / "text_encoder")
+    trained = {"unet": unet, "text_encoder": text_encoder}
+    training.train(options, options.state / "unet.pt", trained, optimizer, loss, out=options.state)
 
 
 def random_batch(size: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

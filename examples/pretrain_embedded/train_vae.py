@@ -22,7 +22,7 @@ from training import DEVICE, Optimizer, log, mixed_precision, model_input
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(training.Options):
+class Options(training.Training, training.Pool):
     """Train the VAE."""
 
     minutes: float = 4
@@ -81,7 +81,7 @@ def whiten(vae: AutoencoderKL, images: Tensor) -> None:
 
 
 @torch.no_grad()
-def held_out_psnr(vae: AutoencoderKL, options: training.Options) -> float:
+def held_out_psnr(vae: AutoencoderKL, options: training.Pool) -> float:
     """dB, mean over the concepts that no scene shows, drawn in the first style."""
     emoji = Emoji(options.data)
     sprites = [emoji.sprite["noto", i] for i, concept in enumerate(emoji.concepts) if concept["held_out"]]
@@ -94,7 +94,7 @@ def held_out_psnr(vae: AutoencoderKL, options: training.Options) -> float:
 
 def main(options: Options) -> None:
     rows, _ = training.pool_of(options, seed=1)
-    images = training.draw(options, rows)
+    images = torch.cat(list(training.drawn(options, rows)))
     training.prepare_torch()
     vae = make_vae(options.channels).to(DEVICE, memory_format=torch.channels_last)
     optimizer = Optimizer([(vae, options.learning_rate)], average=0.998, weight_decay=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from render import PIXELS, load_sprites, render
+from render import load_sprites, render
 from scenes import STYLES, Emoji, scenes
 from torch import Tensor, nn
 
@@ -23,21 +24,34 @@ BEGAN = time.monotonic()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Options of both trainings."""
+class Pool:
+    """Options of everything that draws scenes."""
 
     data: Path
     """Folder that `prepare.py` wrote."""
     state: Path
     """Folder to resume from and to write to."""
-    minutes: float
-    """Training time in all; the learning rate falls along it, so that it is always used whole."""
-    stop: float = math.inf
-    """Seconds after which this call saves and ends; the next call goes on."""
     pool: int = 400_000
     """Scenes; every call invents new ones."""
     workers: int = max(1, (os.cpu_count() or 1) - 1)
     """Processes that invent scenes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Options of both trainings."""
+
+    state: Path
+    """Folder to resume from and to write to."""
+    minutes: float
+    """Training time in all; the learning rate falls along it, so that it is always used whole."""
+    deadline: float = math.inf
+    """Seconds after which this call must have finished the training. Where fewer are left for it than `minutes` says
+    once everything is compiled, the training is that much shorter, and its learning rate falls sooner."""
+    stop: float = math.inf
+    """Seconds after which this call saves and ends; the next call goes on."""
+    save_every: float = 120
+    """Seconds between two saves."""
     warmup: int = 100
     """Steps in which the learning rate rises."""
     compile: bool = True
@@ -65,7 +79,7 @@ def _invent(task: tuple[Path, int, int]) -> tuple[np.ndarray, list[str]]:
     return scenes(Emoji(folder), count, seed)
 
 
-def pool_of(options: Options, seed: int) -> tuple[np.ndarray, list[str]]:
+def pool_of(options: Pool, seed: int) -> tuple[np.ndarray, list[str]]:
     """Rows and captions of the pool, invented by several processes and kept on disk. Call it before CUDA starts."""
     file = options.state / f"pool-{seed}-{options.pool}.npz"
     if not file.exists():
@@ -83,17 +97,14 @@ def pool_of(options: Options, seed: int) -> tuple[np.ndarray, list[str]]:
     return stored["rows"], str(stored["captions"]).split("\n")
 
 
-def draw(options: Options, rows: np.ndarray, batch: int = 2048) -> Tensor:
-    """The pool drawn: uint8 (n, 3, 64, 64), on the device."""
+def drawn(options: Pool, rows: np.ndarray, batch: int = 2048) -> Iterator[Tensor]:
+    """The pool drawn, batch by batch: uint8 (batch, 3, 64, 64), on the device."""
     emoji = Emoji(options.data)
     sprites = load_sprites(options.data, [row for row, (style, _) in enumerate(emoji.index) if style in STYLES])
     sprites = sprites.to(DEVICE)
     table = torch.from_numpy(rows).to(DEVICE)
-    images = torch.empty(len(rows), 3, PIXELS, PIXELS, dtype=torch.uint8, device=DEVICE)
-    for start in range(0, len(rows), batch):
-        images[start : start + batch] = render(table[start : start + batch], sprites).mul_(255).round_().byte()
-    log(f"{len(images)} scenes drawn")
-    return images
+    for part in table.split(batch):
+        yield render(part, sprites).mul_(255).round_().byte()
 
 
 def model_input(images: Tensor) -> Tensor:
@@ -107,9 +118,10 @@ def model_input(images: Tensor) -> Tensor:
 class Clock:
     """How much of the training time is spent, over all calls."""
 
-    def __init__(self, options: Options, spent: float):
-        self._total, self._spent, self._stop = options.minutes * 60, spent, options.stop
+    def __init__(self, options: Training, spent: float):
         self._start = time.monotonic()
+        left = options.deadline - (self._start - BEGAN)
+        self._total, self._spent, self._stop = min(options.minutes * 60, spent + left), spent, options.stop
 
     @property
     def spent(self) -> float:
@@ -237,6 +249,18 @@ class Optimizer:
         for p, mean in zip(self.params, self.means, strict=True):
             p.copy_(mean)
 
+    @torch.no_grad()
+    def save_average(self, models: dict[str, nn.Module], out: Path | None) -> None:
+        """Write the models with the averaged weights, in half precision, to folders of `out`."""
+        if out is None:
+            return
+        mean_of = {id(p): mean for p, mean in zip(self.params, self.means, strict=True)}
+        for name, model in models.items():
+            averaged = copy.deepcopy(model)
+            for p, mine in zip(averaged.parameters(), model.parameters(), strict=True):
+                p.copy_(mean_of[id(mine)])
+            averaged.half().save_pretrained(out / name)
+
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
@@ -266,9 +290,17 @@ def captured(function: Callable[[], Tensor], warmup: int = 3) -> Callable[[], Te
 
 
 def train(
-    options: Options, file: Path, models: dict[str, nn.Module], optimizer: Optimizer, loss: Callable[[], Tensor]
+    options: Training,
+    file: Path,
+    models: dict[str, nn.Module],
+    optimizer: Optimizer,
+    loss: Callable[[], Tensor],
+    out: Path | None = None,
 ) -> None:
-    """Go down `loss()`, which draws its own batch, from where `file` says until the time is over; save there."""
+    """Go down `loss()`, which draws its own batch, from where `file` says until the time is over; save there.
+
+    With every save the averaged models go to folders of `out`, if it is given: an interrupted training has a result.
+    """
     state = load(file)
     step, spent = 0, 0.0
     if state is not None:
@@ -296,10 +328,12 @@ def train(
         if step % 1000 == 0:
             log(f"step {step}, {share:.1%} of the time, mean loss {total.item() / count:.4f}")
             total, count = torch.zeros_like(total), 0
-        if time.monotonic() - saved > 120:
+        if time.monotonic() - saved > options.save_every:
             _save(file, models, optimizer, step, clock.spent)
+            optimizer.save_average(models, out)
             saved = time.monotonic()
     _save(file, models, optimizer, step, clock.spent)
+    optimizer.save_average(models, out)
     optimizer.use_average()
     peak = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if DEVICE == "cuda" else ""
     log(f"{step} steps in {clock.spent:.0f} s{peak}; the last mean loss {total.item() / max(1, count):.4f}")

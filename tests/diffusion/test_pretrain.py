@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -121,8 +122,25 @@ def test_muon_orthogonalises(programs):
         assert ((singular > 0.6) & (singular < 1.3)).all()
 
 
+def test_a_rotated_latent_space_is_found_and_undone(programs):
+    from models import make_unet
+    from warm_start import rotation, turn
+
+    matrix = torch.linalg.qr(torch.randn(4, 4)).Q
+    new = torch.randn(64, 4, 16, 16)
+    old = torch.einsum("ij,njhw->nihw", matrix, new)
+    assert torch.allclose(rotation(old, new), matrix, atol=1e-5)
+    unet, words, times = make_unet(), torch.randn(2, 3, 192), torch.tensor([10, 700])
+    with torch.no_grad():
+        before = unet(old[:2], times, words).sample
+        turn(unet, matrix)
+        after = torch.einsum("ij,njhw->nihw", matrix, unet(new[:2], times, words).sample)
+    assert torch.allclose(before, after, atol=1e-4)
+
+
 def test_from_art_to_a_pipeline_that_draws(programs, data, tmp_path, capsys):
     import assemble
+    import encode_pool
     import evaluate
     import make_tokenizer
     import train_unet
@@ -130,9 +148,11 @@ def test_from_art_to_a_pipeline_that_draws(programs, data, tmp_path, capsys):
 
     tokenizer, state, out = tmp_path / "tokenizer", tmp_path / "state", tmp_path / "pipeline"
     make_tokenizer.main(make_tokenizer.Options(data=data, out=tokenizer, captions=400))
-    common = {"data": data, "state": state, "batch": 2, "pool": 64, "workers": 1, "compile": False}
-    train_vae.main(train_vae.Options(**common, minutes=0.05, channels=(16, 16, 16)))
-    unet = {**common, "tokenizer": tokenizer}
+    scale = {"data": data, "state": state, "pool": 64, "workers": 1}
+    brief = {"batch": 2, "compile": False}
+    train_vae.main(train_vae.Options(**scale, **brief, minutes=0.05, channels=(16, 16, 16)))
+    encode_pool.main(encode_pool.Options(**scale, tokenizer=tokenizer))
+    unet = {**scale, **brief, "tokenizer": tokenizer}
     train_unet.main(train_unet.Options(**unet, minutes=0.04, stop=0))  # ends at once, and keeps its state
     started = torch.load(state / "unet.pt", weights_only=True)
     train_unet.main(train_unet.Options(**unet, minutes=0.04))
@@ -140,7 +160,13 @@ def test_from_art_to_a_pipeline_that_draws(programs, data, tmp_path, capsys):
     assert started["step"] < finished["step"]
     assert started["spent"] < finished["spent"]
     assemble.main(assemble.Options(state=state, tokenizer=tokenizer, out=out))
+    assert not any(str(tmp_path) in config.read_text() for config in out.rglob("*.json"))
     options = {"data": data, "pipelines": (out,), "out": tmp_path / "evaluation", "concepts": 2, "threads": 1}
     evaluate.main(evaluate.Options(**options, prompts=("a red apple",)))
     assert "of 2 |" in (tmp_path / "evaluation" / "table.md").read_text()
     assert (tmp_path / "evaluation" / "1-pipeline-prompts.png").is_file()
+    warm = train_unet.Options(**{**unet, "state": tmp_path / "warm"}, start=out, minutes=0.01)
+    shutil.copytree(state / "vae", warm.state / "vae")
+    shutil.copy(encode_pool.latents_file(state), encode_pool.latents_file(warm.state))
+    train_unet.main(warm)
+    assert (warm.state / "unet" / "diffusion_pytorch_model.safetensors").is_file()
