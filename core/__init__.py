@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         set_adapter,
         set_peft_model_state_dict,
     )
+    from .optimizers import create_lorafa_optimizer, create_loraplus_optimizer
     from .rows import Rows
     from .sites import Site
     from .state import State
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
     from .tuners.layerwise import LayerwiseConfig
     from .tuners.loha import LoHaConfig
     from .tuners.lokr import LoKrConfig
-    from .tuners.lora import LoraConfig
+    from .tuners.lora import LoraConfig, LoraRuntimeConfig
     from .tuners.oft import OFTConfig
     from .tuners.vera import VeraConfig
 
@@ -89,6 +90,7 @@ _HOME = {
     "LoftQConfig": "init.loftq",
     "LoraConfig": "tuners.lora",
     "LoraLayer": "status",
+    "LoraRuntimeConfig": "tuners.lora",
     "MergedError": "errors",
     "ModulesToSaveWrapper": "status",
     "NoMatchingPeftModuleError": "errors",
@@ -113,6 +115,8 @@ _HOME = {
     "combination": "combinations.registry",
     "combination_types": "combinations",
     "convert_to_lora": "convert",
+    "create_lorafa_optimizer": "optimizers",
+    "create_loraplus_optimizer": "optimizers",
     "delete_adapter": "model",
     "get_eva_state_dict": "eva",
     "get_layer_status": "status",

@@ -24,6 +24,7 @@ from .config import PeftConfig
 from .errors import MergedError, PeftWarning
 from .layer import AdaptedLayer
 from .quantized import Rounding, warn_of_rounding
+from .replicate import replicated, restore_depth
 from .rows import Rows, cast
 from .state import State
 from .targets import walk
@@ -81,7 +82,7 @@ class AdaptedModel(nn.Module):
         self._check_new(name, config)
         if any(config is other for other in self.configs.values()):
             config = deepcopy(config)  # training may write to it
-        with no_collection():
+        with no_collection(), replicated(self.model, config, self.state):
             built = build_adapters(
                 self.model,
                 config,
@@ -155,6 +156,9 @@ class AdaptedModel(nn.Module):
                 del layer.adapters[name]
         self._forget_stacks()
         self.trainability.held.pop(name, None)
+        if not self.configs and self.state.replication:
+            self._unwrap(lambda layer: layer.base_layer)
+            restore_depth(self.state)
 
     def detach(self) -> nn.Module:
         """Put the original module objects back and return the model, free of any trace of adapters.
@@ -166,6 +170,7 @@ class AdaptedModel(nn.Module):
         for adapter in (a for layer in self.layers.values() for a in layer.adapters.values()):
             adapter.release()
         self._unwrap(lambda layer: layer.base_layer)
+        restore_depth(self.state)
         for bias in (b for found in self.state.biases.values() for b in found.values()):
             bias.restore()
         return self._forget_adapters()

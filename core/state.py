@@ -8,6 +8,7 @@ from .errors import MergedError
 
 if TYPE_CHECKING:
     from .config import PeftConfig
+    from .replicate import Replication
     from .rows import Rows
     from .train import TrainedBias
 
@@ -36,6 +37,8 @@ class State:
         self.trainable: set[str] = set()
         self.biases: dict[str, dict[str, TrainedBias]] = {}
         """Base biases that an adapter trains along, by adapter name."""
+        self.replication: Replication | None = None
+        """The layers that the model has more of than its own, for `layer_replication`."""
         self._recent: set[str] = set()
 
     def choose(self, active: Names, enabled: bool = True) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .. import offload
 from ..sites import Site
 
 
@@ -47,6 +48,7 @@ class Initialisation:
 
     def __call__(self, lora: Lora, name: str) -> Start:
         weight = lora.site.read()[0].detach()
+        weight = weight.to(offload.compute_device(lora.config, weight))
         groups = {key: int(value) for key, value in self.match(name).groupdict().items() if value is not None}
         with torch.no_grad():
             return self.compute(lora, weight.to(torch.promote_types(weight.dtype, torch.float32)), **groups)

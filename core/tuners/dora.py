@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import offload
 from ..adapter import Adapter, Dense, Inner, Slot, materialise, wide
 from ..config import PeftConfig
 from ..sites import Embedding, Site
@@ -65,8 +66,12 @@ class DoRA(Adapter):
 
     def reset(self) -> None:
         self.direction.reset()
+        weight = self.site.read()[0].detach()
+        place = offload.compute_device(self.config, weight)
         with torch.no_grad():
-            norms = self.norms(self.site.read()[0])
+            self.direction.to(place)
+            norms = self.norms(weight.to(place)).to(weight.device)
+            self.direction.to(weight.device)
         self.lora_magnitude_vector.data.copy_(norms.view(self.shape))
 
     def prepare(self) -> None:

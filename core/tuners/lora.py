@@ -31,6 +31,15 @@ from .dora import OptionalDora
 
 
 @dataclass
+class LoraRuntimeConfig:
+    """How to compute, which a file never says."""
+
+    ephemeral_gpu_offload: bool = False
+    """Initialise layers that wait in the CPU's memory on the accelerator, one at a time: the decompositions of starts
+    taken from the weight, and the norms of DoRA."""
+
+
+@dataclass
 class LoraConfig(OptionalDora, RankedConfig):
     """Options of LoRA; names and defaults are PEFT's."""
 
@@ -53,6 +62,11 @@ class LoraConfig(OptionalDora, RankedConfig):
     """Bits and rounds of "loftq"; needed there and refused elsewhere."""
     eva_config: EvaConfig | dict[str, Any] | None = None
     """Options of "eva"; None takes the defaults there."""
+    layer_replication: list[tuple[int, int]] | None = None
+    """Ranges [start, end) of the model's layers that make up a deeper one, as in [[0, 4], [2, 5]]; the repeated layers
+    share the base weights and have adapters of their own (see `core/replicate.py`)."""
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    """How to compute, on this machine; never saved."""
     lora_bias: bool = False
     """Add a trained bias to B."""
 
@@ -60,7 +74,7 @@ class LoraConfig(OptionalDora, RankedConfig):
     later: ClassVar[frozenset[str]] = frozenset(
         {
             "alora_invocation_tokens", "arrow_config", "corda_config", "ensure_weight_tying",
-            "kasa_config", "layer_replication", "lora_ga_config", "megatron_config",
+            "kasa_config", "lora_ga_config", "megatron_config",
             "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
             "velora_config",
         }
@@ -71,6 +85,8 @@ class LoraConfig(OptionalDora, RankedConfig):
         super().__post_init__()
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias={self.bias!r} is unknown; expected 'none', 'all' or 'lora_only'")
+        if isinstance(self.runtime_config, dict):
+            self.runtime_config = LoraRuntimeConfig(**self.runtime_config)
         find_initialisation(self.init_lora_weights)
         self._check_start("loftq", self.loftq_config)
         self._check_start("eva", self.eva_config)
@@ -86,6 +102,11 @@ class LoraConfig(OptionalDora, RankedConfig):
             raise ValueError(f"lora_bias=True goes only with a plain start, not {self.init_lora_weights!r}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout} is not a probability below 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        del values["runtime_config"]
+        return values
 
     @property
     def needs_base(self) -> bool:
@@ -152,7 +173,7 @@ class LoRA(Factored):
         init = self.config.init_lora_weights
         if self.initialisation is not None:
             start = self._start()
-            for target, factor in zip(self._held_factors(), start[:2], strict=True):
+            for target, factor in zip(self.held_factors(), start[:2], strict=True):
                 target.data.copy_(factor.reshape(target.shape))
         elif self.is_embedding:
             nn.init.normal_(self.lora_embedding_B)
@@ -194,7 +215,7 @@ class LoRA(Factored):
             parameters["weight"] = self.replaced.restore(parameters["weight"])
             self.replaced = None
 
-    def _held_factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+    def held_factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """The trained B and A, in the shapes of the file."""
         if self.is_embedding:
             return self.lora_embedding_B, self.lora_embedding_A

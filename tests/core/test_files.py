@@ -509,8 +509,8 @@ def test_options_that_would_be_ignored_are_refused(saved, tmp_path):
     with pytest.raises(TypeError, match="key_mapping"):
         PeftModel.from_pretrained(net(), saved, key_mapping={"a": "b"})
     model = PeftModel.from_pretrained(net(), saved, low_cpu_mem_usage=True, key_mapping=None)
-    with pytest.raises(TypeError, match="path_initial_model_for_weight_conversion"):
-        model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion="start")
+    with pytest.raises(TypeError, match="save_embedding_layers"):
+        model.save_pretrained(tmp_path / "out", save_embedding_layers=True)
     assert not (tmp_path / "out").exists()
 
 
