@@ -32,6 +32,9 @@ class PeftModel(AdapterMethods, nn.Module):
     class does not define is the base model's (`generate`, `config`, `device`, ...).
     """
 
+    _hf_peft_config_loaded = True
+    """What transformers' Trainer asks before it trains a quantized model."""
+
     def __init__(
         self,
         model: nn.Module,

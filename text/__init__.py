@@ -9,8 +9,10 @@ from ..lazy import face
 if TYPE_CHECKING:
     from .load import load_model
     from .methods import attach, install, uninstall
+    from .trainer import Trainer
 
 _HOME = {
+    "Trainer": "trainer",
     "attach": "methods",
     "install": "methods",
     "load_model": "load",
