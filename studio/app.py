@@ -41,7 +41,7 @@ def create_app(workspace: Workspace, users: Users | None = None) -> FastAPI:
     def health() -> Response:
         return JSONResponse({"ok": True, "started": started})  # open pages see by it that the server is another one
 
-    blocks = build(Page(workspace, uploads, many=users is not None))
+    blocks = build(Page(workspace, uploads, users))
     blocks.state_session_capacity = 1000  # open pages, and calls without one; each holds some ten kilobytes
     blocks.queue(api_open=False, max_size=64)
     app = gr.mount_gradio_app(

@@ -6,6 +6,7 @@
     ROOT/users/USER/drafts/FORM.json
     ROOT/jobs/ID/                   spec.json, state.json, events.jsonl, log.txt, control/, out/
     ROOT/workers/DEVICE.json        who works there; DEVICE.lock is held while it lives
+    ROOT/models/ID/                 base models that were made of single files
     ROOT/models.json, users.json, secret, tmp/
 
 Ids are random and names live in JSON, so that nothing a person types becomes a path.
@@ -102,6 +103,10 @@ class Workspace:
     @property
     def models(self) -> Path:
         return self.root / "models.json"
+
+    def converted(self, job: object) -> Path:
+        """The folder of a base model that a job has made of a single file."""
+        return self.root / "models" / checked_id(job)
 
     @property
     def users(self) -> Path:

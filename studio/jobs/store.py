@@ -21,7 +21,7 @@ from ..workspace import Workspace, checked_id, locked, new_id, read_json, write_
 from .processes import runs
 from .states import ACTIVE, ENDED, FLAGS, RESUMABLE, Flag, Record, State, asked, clear_flags, derived, flag_path, mark
 
-KINDS = ("train", "draw", "grid", "blend", "compare", "convert")
+KINDS = ("train", "draw", "grid", "blend", "compare", "convert", "fetch")
 MAX_QUEUED = 50
 """Jobs that one user may have waiting; more is a mistake or worse."""
 

@@ -6,6 +6,10 @@ and writes into `task.out` whole files or none.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ...core.atomic import atomic
 from ...core.runs.events import Plan, Progress, Stopped
 from ...core.runs.settings import from_plain
+from ..errors import StudioError
 from ..shelf import shelve
 from ..workspace import write_json
 from .task import Asked, Leaving, Task
@@ -243,3 +248,42 @@ def convert(task: Task, warm: Warm) -> None:
     )
     write_json(task.out / "report.json", asdict(done) | {"out": task.arguments["file"]})
     task.tell(Progress("Converting", 1, 1))
+
+
+# -------------------------------------------------------------------------------- base models
+
+
+@kind
+def fetch(task: Task, warm: Warm) -> None:
+    """A base model onto the list. Arguments: `what` ("hub" or "file"), `source`, `name`."""
+    from ..services import models
+
+    source, made = task.arguments["source"], task.out / "pipeline"
+    if task.arguments["what"] == "hub":
+        _run_fetch(task, "hub", source)
+    else:
+        _run_fetch(task, "file", source, str(made))
+        home = task.ws.converted(task.job.id)
+        home.parent.mkdir(exist_ok=True)
+        made.rename(home)
+        source = str(home)
+    models.add(task.ws, task.job.owner, source, task.arguments["name"])
+
+
+def _run_fetch(task: Task, *arguments: str) -> None:
+    """`fetch.py` as a child, the only process here that may use the network."""
+    task.tell(Progress("Megabytes", 0, 1))
+    command = [sys.executable, "-m", "veneer.studio.jobs.fetch", *arguments]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "0"}
+    ) as child:
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                told = json.loads(line)
+                if "failed" in told:
+                    raise StudioError(f"It could not be fetched: {told['failed']}")
+                task.tell(Progress("Megabytes", told["done"], told["total"]))
+                task.check()
+        finally:
+            child.kill()

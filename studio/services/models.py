@@ -1,7 +1,7 @@
 """Base models: the one in the box, and those that somebody with access to the machine's disk has added.
 
-They are judged by their files' names and headers, without torch, and stay where they are. Nothing is downloaded: a
-repository of the hub can be added once it lies in this machine's cache.
+They are judged by their files' names and headers, without torch, and stay where they are. A repository of the hub that
+is not in this machine's cache, and a checkpoint in one file, are fetched by a job first.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from ...core.header import read_header
 from ...diffusion.base import BaseModel
 from ...diffusion.families import EMBEDDED, EMBEDDED_PATH, FAMILIES
 from ..errors import NotFound, PermissionDenied, StudioError
+from ..jobs import store
 from ..workspace import ME, Workspace, locked, read_json, write_json
 
 
@@ -63,8 +64,9 @@ def folder_of(source: str) -> Path:
     return Path(source) if Path(source).is_dir() else _cached(source)
 
 
-def add(ws: Workspace, user: str, source: str, name: str = "") -> Model:
-    """Add a model: a diffusers pipeline's folder, or a hub id such as owner/name that is on this machine already.
+def begin(ws: Workspace, user: str, source: str, name: str = "") -> str:
+    """Add a model: a diffusers pipeline's folder, a checkpoint in one file, or a hub id such as owner/name. What is at
+    hand is added at once, and the answer is empty; otherwise it is the id of the job that fetches it.
 
     Raises:
         StudioError: it is not there, damaged, of a kind that cannot be trained, or its name is taken.
@@ -74,14 +76,26 @@ def add(ws: Workspace, user: str, source: str, name: str = "") -> Model:
     source = source.strip()
     path = Path(source).expanduser()
     if path.is_file():
-        _refuse_file(path)
+        _check_file(path)
+        arguments = {"what": "file", "source": str(path.absolute()), "name": _unused(ws, name or path.stem)}
+    elif path.is_dir() or _in_cache(source):
+        add(ws, user, source, name)
+        return ""
+    else:
+        arguments = {"what": "hub", "source": source, "name": _unused(ws, name or path.name)}
+    return store.submit(ws, user, "fetch", arguments)
+
+
+def add(ws: Workspace, user: str, source: str, name: str = "") -> Model:
+    """Add a model that is at hand: a folder, or a hub id whose files are in this machine's cache. Raises as `begin`."""
+    _only_at_home(user)
+    path = Path(source).expanduser()
     folder, kind = (path, "folder") if path.is_dir() else (_cached(source), "hub")
     _check(folder)
-    model = Model(_name(name or path.name), str(path.absolute()) if kind == "folder" else source, kind)
+    model = Model(_unused(ws, name or path.name), str(path.absolute()) if kind == "folder" else source, kind)
     with locked(ws.models.with_suffix(".lock")):
         known = list_models(ws)
-        if any(model.name == other.name for other in known):
-            raise StudioError(f"There is a model {model.name!r} already. Give this one another name.")
+        _unused(ws, model.name)
         write_json(ws.models, [asdict(other) for other in [*known[1:], model]])
     return model
 
@@ -96,10 +110,13 @@ def remove(ws: Workspace, user: str, name: str) -> None:
         write_json(ws.models, [asdict(model) for model in list_models(ws)[1:] if model.name != name])
 
 
-def _name(text: str) -> str:
+def _unused(ws: Workspace, text: str) -> str:
+    """A name that no model has yet."""
     name = " ".join(text.split())
     if not name or len(name) > 60 or not name.isprintable():
         raise StudioError("A model's name has 1 to 60 letters. Type one.")
+    if any(name == other.name for other in list_models(ws)):
+        raise StudioError(f"There is a model {name!r} already. Give this one another name.")
     return name
 
 
@@ -111,29 +128,42 @@ def _only_at_home(user: str) -> None:
         )
 
 
-def _refuse_file(path: Path) -> None:
-    """Checkpoints in one file hold no tokenizer and no settings; diffusers looks for those on the hub."""
+def _check_file(path: Path) -> None:
+    """Refuse what is no Stable Diffusion checkpoint, from its header."""
     if path.suffix != ".safetensors":
-        raise StudioError(f"{path.name} is no .safetensors file: other checkpoints can run code when loaded.")
-    read_header(path)
-    raise StudioError(
-        f"{path.name} is a model in one file, which lacks tokenizer and settings. Turn it into a folder once, with "
-        f'`StableDiffusionPipeline.from_single_file("{path}").save_pretrained(FOLDER)`, and add the folder.'
-    )
+        raise StudioError(
+            f"{path.name} is no .safetensors file: other checkpoints can run code when loaded. Look for its "
+            "safetensors version."
+        )
+    try:
+        keys = read_header(path).tensors
+    except ValueError as error:
+        raise StudioError(str(error)) from error
+    if not any(key.startswith("model.diffusion_model.") for key in keys):
+        raise StudioError(
+            f"{path.name} is no Stable Diffusion checkpoint: nothing in it is called model.diffusion_model. "
+            "Adapters are imported under Library."
+        )
+
+
+def _in_cache(source: str) -> bool:
+    """Whether a hub repository lies on this machine."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise StudioError(
+            f"{source[:200]!r} is neither a folder or file on this machine nor a hub id such as owner/name."
+        )
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(source, "model_index.json"), str)
 
 
 def _cached(source: str) -> Path:
     """The folder of a hub repository in this machine's cache."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise StudioError(f"{source[:200]!r} is neither a folder on this machine nor a hub id such as owner/name.")
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(source, "model_index.json")
+    found = try_to_load_from_cache(source, "model_index.json") if _in_cache(source) else None
     if not isinstance(found, str):
-        raise StudioError(
-            f"{source} is not on this machine, and the studio downloads nothing by itself. Run `hf download {source}` "
-            "in a terminal, then add it again."
-        )
+        raise StudioError(f"{source} is not on this machine. Add it under System, which downloads it.")
     return Path(found).parent
 
 

@@ -7,6 +7,7 @@ import json
 import platform
 import shutil
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,6 +49,34 @@ def status(ws: Workspace, user: str) -> Status:
         used=folder_size(ws.user(user)),
         versions=versions(),
     )
+
+
+@dataclass(frozen=True)
+class Person:
+    """Somebody who may log in."""
+
+    name: str
+    used: int
+    """Bytes of own data."""
+    adapters: int
+    active: int
+    """Jobs that wait or run."""
+    last: float | None
+    """When the newest job was begun, in seconds since 1970."""
+
+
+def people(ws: Workspace, user: str, users: Sequence[str]) -> list[Person]:
+    """Everybody who may log in, for whoever runs the studio: the first user of the file. Empty for all others."""
+    if not users or user != users[0]:
+        return []
+    jobs = store.everything(ws)
+    return [_person(ws, name, [job for job in jobs if job.owner == name]) for name in users]
+
+
+def _person(ws: Workspace, name: str, jobs: Sequence[store.Job]) -> Person:
+    adapters = len(list(ws.adapters(name).glob("*/card.json")))
+    active = sum(job.active for job in jobs)
+    return Person(name, folder_size(ws.user(name)), adapters, active, max((j.created for j in jobs), default=None))
 
 
 def versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ import gradio as gr
 
 from ..errors import StudioError
 from ..gate import Uploads
+from ..users import Users
 from ..workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ class Desk(NamedTuple):
     ws: Workspace
     user: str
     uploads: Uploads
+    users: Sequence[str] = ()
+    """Everybody who may log in, whoever runs the studio first; empty without login."""
 
     def own(self, paths: Sequence[str] | str | None) -> list[str]:
         """Uploaded files, if this user uploaded them."""
@@ -35,15 +38,15 @@ class Desk(NamedTuple):
 class Binder:
     """Binds handlers of one studio; every handler is private, cheap, and so never waits for another one."""
 
-    def __init__(self, ws: Workspace, uploads: Uploads):
-        self.ws, self.uploads = ws, uploads
+    def __init__(self, ws: Workspace, uploads: Uploads, users: Users | None = None):
+        self.ws, self.uploads, self.users = ws, uploads, users
 
     def desk(self, request: gr.Request) -> Desk:
         """The desk of whoever sent a request; the gate has let nobody else through."""
         user = request.username
         if not user:
             raise StudioError("You are logged out. Reload the page and log in again.")
-        return Desk(self.ws, user, self.uploads)
+        return Desk(self.ws, user, self.uploads, list(self.users.records()) if self.users else ())
 
     def on(
         self,

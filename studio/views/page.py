@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from ..gate import Uploads
+from ..users import Users
 from ..workspace import Workspace
 from .bind import Binder, Desk, Handler
 
@@ -40,9 +41,8 @@ class Page(Binder):
     turn: gr.Textbox
     """Takes what `to` says: the tab to turn to."""
 
-    def __init__(self, ws: Workspace, uploads: Uploads, many: bool):
-        super().__init__(ws, uploads)
-        self.many = many
+    def __init__(self, ws: Workspace, uploads: Uploads, users: Users | None):
+        super().__init__(ws, uploads, users)
         self._openings: dict[str, list[Opening]] = {key: [] for key in TABS}
 
     def on_open(self, tab: str, handler: Handler, inputs: list[Any], outputs: list[Any]) -> None:
@@ -144,7 +144,7 @@ _LINK = """(id) => {
 def _head(page: Page) -> None:
     leave = '<form method="post" action="/logout"><button class="act" type="submit">Log out</button></form>'
     gr.HTML(
-        '<header class="top"><h1>Veneer <span>Studio</span></h1>' + (leave if page.many else "") + "</header>",
+        '<header class="top"><h1>Veneer <span>Studio</span></h1>' + (leave if page.users else "") + "</header>",
         js_on_load=None,
     )
 

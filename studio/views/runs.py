@@ -20,7 +20,7 @@ from .page import Page, to
 from .watch import EVERY, said
 
 TITLES = {"train": "Training", "draw": "Pictures", "grid": "Grid", "blend": "Blend", "compare": "Comparison",
-          "convert": "Export"}  # fmt: skip
+          "convert": "Export", "fetch": "Base model"}  # fmt: skip
 
 
 def build(page: Page) -> None:
@@ -34,7 +34,7 @@ def build(page: Page) -> None:
                 with gr.Row():
                     chart = gr.LinePlot(x="step", y="loss", color="line", x_title="step", y_title="loss", title="Loss",
                                         color_map={"each step": "#94a3b8", "smoothed": "#0d9488"}, buttons=[],
-                                        elem_id="runs-chart", show_label=False)  # fmt: skip
+                                        elem_id="runs-chart", show_label=False, visible=False)  # fmt: skip
                 log_scale = gr.Checkbox(False, label="Logarithmic loss", elem_id="runs-log-scale", interactive=True)
                 with gr.Row(equal_height=True):
                     step = gr.Dropdown([], label="Keep", elem_id="runs-step", interactive=True)
@@ -239,7 +239,7 @@ def chart_of(now: runs.Progress, log_scale: bool) -> Any:
     rows = [(point.step, shape(point.loss), "each step") for point in now.points]
     rows += [(point.step, shape(point.smoothed), "smoothed") for point in now.points]
     data = pd.DataFrame(rows, columns=["step", "loss", "line"])
-    return gr.LinePlot(value=data, y_title="log10 of the loss" if log_scale else "loss")
+    return gr.LinePlot(value=data, y_title="log10 of the loss" if log_scale else "loss", visible=bool(rows))
 
 
 def kept(now: runs.Progress) -> list[tuple[str, int]]:

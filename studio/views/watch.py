@@ -32,8 +32,8 @@ class Watch:
         page.on(self.status.click, self.stop, [self.job], [self.status], data=True)
         page.on_open(tab, self.found, [], self._shown)
 
-    def on(self, event: Any, start: Callable[..., str], inputs: Any) -> None:
-        """At `event`, `start(desk, *inputs)` begins a job and gives its id."""
+    def on(self, event: Any, start: Callable[..., str], inputs: Any) -> Any:
+        """At `event`, `start(desk, *inputs)` begins a job and gives its id, or "" where none was needed."""
 
         def begin(desk: Desk, *values: Any) -> Any:
             job = start(desk, *values)
@@ -41,7 +41,7 @@ class Watch:
             return self.look(desk, job, "")
 
         begin.__name__ = start.__name__
-        self.page.on(event, begin, inputs, self._shown)
+        return self.page.on(event, begin, inputs, self._shown)
 
     def found(self, desk: Desk) -> Any:
         """The job that was watched last, as it stands."""
