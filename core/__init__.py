@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         set_peft_model_state_dict,
     )
     from .optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+    from .prompts.config import PromptLearningConfig
     from .rows import Rows
     from .sites import Site
     from .state import State
@@ -61,7 +62,11 @@ if TYPE_CHECKING:
     from .tuners.loha import LoHaConfig
     from .tuners.lokr import LoKrConfig
     from .tuners.lora import LoraConfig, LoraRuntimeConfig
+    from .tuners.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
     from .tuners.oft import OFTConfig
+    from .tuners.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
+    from .tuners.prefix_tuning import PrefixTuningConfig
+    from .tuners.prompt_tuning import PromptTuningConfig, PromptTuningInit
     from .tuners.vera import VeraConfig
 
 _HOME = {
@@ -93,6 +98,8 @@ _HOME = {
     "LoraRuntimeConfig": "tuners.lora",
     "MergedError": "errors",
     "ModulesToSaveWrapper": "status",
+    "MultitaskPromptTuningConfig": "tuners.multitask_prompt_tuning",
+    "MultitaskPromptTuningInit": "tuners.multitask_prompt_tuning",
     "NoMatchingPeftModuleError": "errors",
     "NotMergeableError": "errors",
     "OFTConfig": "tuners.oft",
@@ -102,6 +109,12 @@ _HOME = {
     "PeftModel": "model",
     "PeftType": "config",
     "PeftWarning": "errors",
+    "PrefixTuningConfig": "tuners.prefix_tuning",
+    "PromptEncoderConfig": "tuners.p_tuning",
+    "PromptEncoderReparameterizationType": "tuners.p_tuning",
+    "PromptLearningConfig": "prompts.config",
+    "PromptTuningConfig": "tuners.prompt_tuning",
+    "PromptTuningInit": "tuners.prompt_tuning",
     "Report": "combine",
     "Rows": "rows",
     "Site": "sites",

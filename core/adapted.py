@@ -315,8 +315,11 @@ class AdaptedModel(nn.Module):
     def held_tensors(self, name: str) -> dict[str, Tensor]:
         """As `tensors`, but the very parameters and buffers that the model holds."""
         adapters = self.adapters(name)
-        slots = [(path, *slot) for path, adapter in adapters.items() for slot in adapter.slots()]
-        found: dict[str, Tensor] = {f"{path}.{key}": held[k] for path, key, held, k in slots}
+        found: dict[str, Tensor] = {
+            adapter.file_key(path, key): held[k]
+            for path, adapter in adapters.items()
+            for key, held, k in adapter.slots()
+        }
         found |= {key: held[k] for key, held, k in common_slots(adapters.values())}
         return found | {key: bias.parameter for key, bias in self._biases(name).items()}
 

@@ -157,6 +157,13 @@ class Adapter(nn.Module):
         if type(self).fold is Adapter.fold:
             raise NotMergeableError(f"{type(self).__name__} is not a change of weights, so it cannot be merged")
 
+    def file_key(self, path: str, key: str) -> str:
+        """The name in files of one of the `slots` of the adapter at `path`."""
+        return f"{path}.{key}"
+
+    def settle(self, names: set[str]) -> None:
+        """Take the form that a file with tensors of these names needs, before they are assigned."""
+
     def slots(self) -> Iterator[Slot]:
         """Every saved tensor of its own, with the place that holds it."""
         return slots_of(self)

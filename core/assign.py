@@ -58,8 +58,10 @@ def assign(
         ValueError: tensors of a wrong shape; with `strict`, unexpected ones, and missing ones unless `missing_ok`.
             Nothing has changed then.
     """
+    for adapter in adapters.values():
+        adapter.settle(set(tensors))
     targets = [
-        _Target(f"{path}.{file_key}", held[key], adapter, held, key)
+        _Target(adapter.file_key(path, file_key), held[key], adapter, held, key)
         for path, adapter in adapters.items()
         for file_key, held, key in adapter.slots()
     ]

@@ -13,6 +13,7 @@ from .adapter import Adapter, by_class
 from .config import HEADS, PeftConfig, TaskType
 from .errors import MergedError
 from .layer import AdaptedLayer
+from .prompts.layer import PromptLayer, prompt_layer
 from .quantized import quantized_sites
 from .state import State
 from .targets import Place, inside, near, select
@@ -58,9 +59,12 @@ def build_adapters(
     """Adapters for everything that `config` targets or trains whole, and their layers; nothing is installed yet."""
     adapted = [path for path, place in places.items() if isinstance(place.module, AdaptedLayer)]
     quantized_sites(p.module for p in places.values() if not isinstance(p.module, AdaptedLayer))  # settles them all
-    chosen = select(model, config, places, strict)
-    whole = whole_modules(model, config, places, adapted)
     built: list[tuple[Place, AdaptedLayer, Adapter]] = []
+    chosen = [] if config.prompts else select(model, config, places, strict)
+    whole = whole_modules(model, config, places, adapted)
+    if config.prompts:
+        place, prompts = prompt_layer(model, places, state)
+        built.append((place, prompts, _build(config, prompts, place.path, autocast, initialise)))
     for place in chosen:
         layer = _layer_at(place, state)
         built.append((place, layer, _build(config, layer, place.path, autocast, initialise)))
@@ -120,9 +124,16 @@ def _check_replaceable(layer: AdaptedLayer, adapter: Adapter) -> None:
 
 def install(place: Place, module: nn.Module) -> None:
     """Put `module` wherever the model holds this place's module."""
-    if module is not place.module:
-        for parent, child in place.holders:
+    if module is place.module:
+        return
+    for parent, child in place.holders:
+        if isinstance(place.module, PromptLayer):  # which is no layer of the model's own
+            place.module.detach()
+            delattr(parent, child)
+        else:
             setattr(parent, child, module)
+    if isinstance(module, PromptLayer):
+        module.attach()
 
 
 @contextmanager

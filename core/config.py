@@ -39,6 +39,12 @@ class PeftType(StrEnum):
     VERA = "VERA"
     LN_TUNING = "LN_TUNING"
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    CPT = "CPT"
 
     FULL = "FULL"
     GLORA = "GLORA"
@@ -63,6 +69,10 @@ HEADS: dict[TaskType, tuple[str, ...]] = {
 }
 """Freshly initialised heads per task: an adapter that leaves them untrained would be useless."""
 
+PREFIX = "base_model.model."
+"""What PEFT puts before a module's path in its files: the path inside its own wrapper."""
+SHARED = "base_model."
+"""What it puts before a tensor that all layers share."""
 PEFT_FILE_VERSION = "0.21.2"
 """The release of `peft` whose file format is written."""
 
@@ -94,6 +104,8 @@ class PeftConfig:
     """Modules trained and saved whole beside the adapter, such as a new head."""
 
     adapter_class: ClassVar[type[Adapter]]
+    prompts: ClassVar[bool] = False
+    """Whether the method is virtual tokens before the text, rather than a change of layers."""
     norms: ClassVar[bool] = False
     """Whether the method can adapt a norm, whose weight is no matrix but a number for each feature."""
     later: ClassVar[frozenset[str]] = frozenset()
@@ -143,7 +155,24 @@ class PeftConfig:
         """The adapter's tensors, by `path.name`, as its file holds them."""
         return tensors
 
+    @property
+    def is_prompt_learning(self) -> bool:
+        return self.prompts
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        return self.peft_type == PeftType.ADAPTION_PROMPT
+
     # ---------------------------------------------------------------- JSON
+
+    def to_file(self, key: str) -> str:
+        """The name in PEFT's files of `path.tensor`, or of a tensor that all layers share, which has no path."""
+        return (PREFIX if "." in key else SHARED) + key
+
+    def from_file(self, key: str) -> str:
+        """What `to_file` undoes."""
+        shared = key.removeprefix(SHARED)
+        return shared if "." not in shared else key.removeprefix(PREFIX)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, sets as sorted lists."""
@@ -164,7 +193,7 @@ class PeftConfig:
         """
         values = dict(values)
         config_class = cls if "adapter_class" in vars(cls) else config_class_for(values.get("peft_type"))
-        known = {f.name for f in fields(config_class)}
+        known = {f.name for f in fields(config_class) if f.init}
         refused = sorted(k for k in config_class.later if values.get(k))
         if refused:
             raise ValueError(f"{config_class.__name__}: {', '.join(refused)} cannot be honoured by this release")

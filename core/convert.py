@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from .adapted import AdaptedModel
 from .adapter import Dense
 from .combine import Blend, Report, blend
+from .config import PREFIX
 from .errors import PeftWarning
-from .files import PREFIX, save_adapter
+from .files import save_adapter
 from .handle import handle_of
 from .model import PeftModel
 from .tuners.lora import LoraConfig

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapted import AdaptedModel
-from .config import PeftConfig
-from .files import PREFIX
+from .config import PREFIX, PeftConfig
 from .init.eva import Components, EvaConfig
 from .layer import AdaptedLayer
 from .sites import find

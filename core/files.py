@@ -25,21 +25,6 @@ if TYPE_CHECKING:
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
-PREFIX = "base_model.model."
-"""What PEFT puts before a module's path in its files: the path inside its own wrapper."""
-_SHARED = "base_model."
-"""What it puts before a tensor that all layers share, which has no path."""
-
-
-def to_file(key: str) -> str:
-    """The name in PEFT's files of `path.tensor`, or of a shared tensor."""
-    return (PREFIX if "." in key else _SHARED) + key
-
-
-def from_file(key: str) -> str:
-    """The inverse of `to_file`."""
-    shared = key.removeprefix(_SHARED)
-    return shared if "." not in shared else key.removeprefix(PREFIX)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -129,7 +114,8 @@ def save_adapter(
 ) -> None:
     """Write an adapter directory that `peft` reads. Tensors are named by module path, without prefix."""
     directory = Path(directory)
-    write_tensors(directory / WEIGHTS_NAME, {to_file(key): t for key, t in config.filed(tensors).items()}, metadata)
+    named = {config.to_file(key): t for key, t in config.filed(tensors).items()}
+    write_tensors(directory / WEIGHTS_NAME, named, metadata)
     write_config(directory, config, inference_mode=True)
 
 
@@ -141,7 +127,8 @@ def load_adapter(source: str | Path, **where: Any) -> tuple[PeftConfig, dict[str
     Raises:
         ValueError: no adapter there, or a damaged one (`AdapterFileError`).
     """
-    return read_config(source, **where), read_weights(source, **where)
+    config = read_config(source, **where)
+    return config, read_weights(source, config=config, **where)
 
 
 def read_config(source: str | Path, cls: type[PeftConfig] = PeftConfig, **where: Any) -> PeftConfig:
@@ -179,10 +166,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_weights(source: str | Path, device: str | torch.device = "cpu", **where: Any) -> dict[str, Tensor]:
-    """The tensors of an adapter directory or hub id, named by module path."""
+def read_weights(
+    source: str | Path, device: str | torch.device = "cpu", *, config: PeftConfig | None = None, **where: Any
+) -> dict[str, Tensor]:
+    """The tensors of an adapter directory or hub id: named by module path for a `config`, else as the file has them."""
     tensors = read_tensors(find_file(source, WEIGHTS_NAME, **where), device)
-    return {from_file(key): tensor for key, tensor in tensors.items()}
+    return tensors if config is None else {config.from_file(key): tensor for key, tensor in tensors.items()}
 
 
 def find_file(source: str | Path, name: str, *, subfolder: str | None = None, **hub: Any) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from .assign import LoadResult
 from .card import write_card
 from .config import HEADS, PeftConfig, TaskType
 from .errors import PeftWarning
-from .files import from_file, load_adapter, read_config, read_weights, save_adapter, to_file
+from .files import load_adapter, read_config, read_weights, save_adapter
 from .handle import handle_of
 from .hub import push
 from .initial import as_plain_lora
 from .methods import AdapterMethods, BaseTuner
+from .prompts.layer import NAME as VIRTUAL_TOKENS
+from .prompts.layer import PromptLayer
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 
 
@@ -87,7 +89,7 @@ class PeftModel(AdapterMethods, nn.Module):
         """
         where = _where(where)
         config = config or read_config(model_id, **where)
-        tensors = read_weights(model_id, **where)
+        tensors = read_weights(model_id, config=config, **where)
         self = cls.of(model, autocast_adapter_dtype)
         self._load(adapter_name, config, tensors, is_trainable)
         return self
@@ -134,7 +136,7 @@ class PeftModel(AdapterMethods, nn.Module):
                 module.training = True
             raise
         if result.missing_keys:
-            keys = [_with_name(to_file(key), name) for key in result.missing_keys]
+            keys = [_with_name(config.to_file(key), name) for key in result.missing_keys]
             warnings.warn(
                 f"Found missing adapter keys while loading the checkpoint: {keys}.", PeftWarning, stacklevel=3
             )
@@ -176,9 +178,9 @@ class PeftModel(AdapterMethods, nn.Module):
             if config.base_model_name_or_path is None:
                 config.base_model_name_or_path = getattr(self.get_base_model(), "name_or_path", None) or None
             tensors = get_peft_model_state_dict(self, state_dict, name)
-            tensors = {from_file(key): tensor for key, tensor in tensors.items()}
+            tensors = {config.from_file(key): tensor for key, tensor in tensors.items()}
             if path_initial_model_for_weight_conversion is not None:
-                initial = read_weights(path_initial_model_for_weight_conversion)
+                initial = read_weights(path_initial_model_for_weight_conversion, config=config)
                 config, tensors = as_plain_lora(config, tensors, initial)
             save_adapter(directory, config, tensors)
 
@@ -215,22 +217,44 @@ class PeftModel(AdapterMethods, nn.Module):
 
     # ---------------------------------------------------------------- the model
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The model's own forward; `adapter_names` names an adapter, or "__base__", for every row of the batch."""
-        if adapter_names is None:
-            return self.base_model(*args, **kwargs)
-        with self.base_model.rows(adapter_names):
+    def forward(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's own forward; `adapter_names` names an adapter, or "__base__", for every row of the batch, and
+        `task_ids` the task of every row for a multitask prompt."""
+        with ExitStack() as call:
+            self._tell_tasks(task_ids, call)
+            if adapter_names is not None:
+                call.enter_context(self.base_model.rows(adapter_names))
             return self.base_model(*args, **kwargs)
 
-    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The model's own `generate`; `adapter_names` names an adapter, or "__base__", for every prompt."""
+    def _tell_tasks(self, task_ids: Tensor | None, call: ExitStack) -> None:
+        if task_ids is not None:
+            layer = self.base_model.layers.get(VIRTUAL_TOKENS)
+            if not isinstance(layer, PromptLayer):
+                raise ValueError("task_ids are read by multitask prompts, and this model has none")
+            call.enter_context(layer.tasks(task_ids))
+
+    def generate(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's own `generate`; `adapter_names` and `task_ids` are those of `forward`, for every prompt."""
         model: Any = self.get_base_model()
-        if adapter_names is None:
-            return model.generate(*args, **kwargs)
-        given = args[1] if len(args) > 1 else kwargs.get("generation_config")
-        config = given or model.generation_config
-        copies = [kwargs.get(k, getattr(config, k)) or 1 for k in ("num_beams", "num_return_sequences")]
-        with self.base_model.rows(adapter_names, each=max(copies)):
+        with ExitStack() as call:
+            self._tell_tasks(task_ids, call)
+            if adapter_names is not None:
+                given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+                config = given or model.generation_config
+                copies = [kwargs.get(k, getattr(config, k)) or 1 for k in ("num_beams", "num_return_sequences")]
+                call.enter_context(self.base_model.rows(adapter_names, each=max(copies)))
             return model.generate(*args, **kwargs)
 
     def get_base_model(self) -> nn.Module:
@@ -350,13 +374,13 @@ def get_peft_model_state_dict(
     is taken for the values where one is given (gathered shards, for example).
     """
     _accept(options)
-    name = to_file if isinstance(model, PeftModel) else str
     handle = handle_of(model)
+    name_of = handle.configs[adapter_name].to_file if isinstance(model, PeftModel) else str
     if state_dict is None:
-        return {name(key): tensor for key, tensor in handle.tensors(adapter_name).items()}
+        return {name_of(key): tensor for key, tensor in handle.tensors(adapter_name).items()}
     live_names = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
     held = handle.held_tensors(adapter_name)
-    return {name(key): state_dict[live_names[id(tensor)]] for key, tensor in held.items()}
+    return {name_of(key): state_dict[live_names[id(tensor)]] for key, tensor in held.items()}
 
 
 def set_peft_model_state_dict(
@@ -364,8 +388,9 @@ def set_peft_model_state_dict(
 ) -> LoadResult:
     """Overwrite one adapter's tensors; the given dict stays as it is. Returns missing and unexpected keys."""
     _accept(options)
-    tensors = {from_file(key): tensor for key, tensor in peft_model_state_dict.items()}
-    return handle_of(model).assign(adapter_name, tensors, strict=False)
+    handle = handle_of(model)
+    tensors = {handle.configs[adapter_name].from_file(k): tensor for k, tensor in peft_model_state_dict.items()}
+    return handle.assign(adapter_name, tensors, strict=False)
 
 
 def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -393,4 +418,4 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 def load_peft_weights(model_id: str | Path, device: str | torch.device = "cpu", **where: Any) -> dict[str, Tensor]:
     """The tensors of an adapter directory or hub id, under the names of its file."""
-    return {to_file(key): tensor for key, tensor in read_weights(model_id, device, **_where(where)).items()}
+    return read_weights(model_id, device, **_where(where))

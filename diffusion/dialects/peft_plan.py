@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...core.config import PeftType
-from ...core.files import CONFIG_NAME, PREFIX, WEIGHTS_NAME, read_json
+from ...core.config import PREFIX, PeftType
+from ...core.files import CONFIG_NAME, WEIGHTS_NAME, read_json
 from ...core.header import read_header
 from .canonical import Entry, Header, Plan, Shape
 from .methods import FORMS, config_scale, split_key

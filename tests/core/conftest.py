@@ -83,7 +83,8 @@ UNFIT = {
 
 METHODS = [
     pytest.param(method.value, i, id=f"{method.value.lower()}{i or ''}")
-    for method in config_classes()
+    for method, config_class in config_classes().items()
+    if not config_class.prompts  # which are no change of layers; tests/prompts has their laws
     for i in range(len(SETTINGS[method.value]))
 ]
 CASES = [
