@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.assign import LoadResult
 from ..core.config import PeftConfig, get_peft_config
-from ..core.files import from_file
 from ..core.files import load_adapter as read_adapter
 from ..core.methods import AdapterMethods
 from ..core.model import PeftModel, _where, get_peft_model_state_dict
@@ -91,7 +90,7 @@ def _given(
     if source is not None or config is None or tensors is None:
         raise ValueError("pass either a `peft_model_id`, or both a `peft_config` and an `adapter_state_dict`")
     config = get_peft_config(config) if isinstance(config, dict) else config
-    return config, {from_file(key): tensor for key, tensor in tensors.items()}
+    return config, {config.from_file(key): tensor for key, tensor in tensors.items()}
 
 
 def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
