@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .adapter import Adapter, common_slots
+from .adapter import Adapter, by_class, common_slots
 from .assign import LoadResult, assign
 from .attach import build_adapters, install, no_collection
 from .combine import Report, Sources, blend, find_combination
@@ -105,6 +105,8 @@ class AdaptedModel(nn.Module):
             if not self.state.active and not self.state.merged:
                 self.state.choose((name,), self.state.enabled)
         self._forget_stacks()
+        for group in by_class(self.adapters(name)).values():
+            next(iter(group.values())).listen(self.model, self.state, name)
         kind = getattr(config, "bias", "none")
         if kind != "none":
             self.state.biases[name] = trained_biases(self.model, self.layers, kind)

@@ -125,6 +125,12 @@ class Adapter(nn.Module):
         """Whether the layer runs with another base weight while the adapter is there, until `release`."""
         return False
 
+    def listen(self, model: nn.Module, state: Any, name: str) -> None:
+        """Install what the adapters of this class and name need to know of the model's calls; `release` takes it off.
+
+        Called on one of them, after they were attached. `state` is the model's `State`.
+        """
+
     def release(self) -> None:
         """Put the base layer back as it was, before the adapter is removed."""
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Factor, Factored, Inner, kaiming_, method
+from ..adapter import Adapter, Factor, Factored, Inner, kaiming_, method
 from ..config import PeftConfig, PeftType, RankedConfig
 from ..init import Start, find_initialisation
 from ..init.eva import EvaConfig
@@ -65,6 +65,8 @@ class LoraConfig(OptionalDora, RankedConfig):
     layer_replication: list[tuple[int, int]] | None = None
     """Ranges [start, end) of the model's layers that make up a deeper one, as in [[0, 4], [2, 5]]; the repeated layers
     share the base weights and have adapters of their own (see `core/replicate.py`)."""
+    alora_invocation_tokens: list[int] | None = None
+    """Token ids from whose last occurrence in a row on the adapter is on (see `alora.py`); None for all tokens."""
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     """How to compute, on this machine; never saved."""
     lora_bias: bool = False
@@ -73,7 +75,7 @@ class LoraConfig(OptionalDora, RankedConfig):
     alpha_field: ClassVar[str] = "lora_alpha"
     later: ClassVar[frozenset[str]] = frozenset(
         {
-            "alora_invocation_tokens", "arrow_config", "corda_config", "ensure_weight_tying",
+            "arrow_config", "corda_config", "ensure_weight_tying",
             "kasa_config", "lora_ga_config", "megatron_config",
             "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
             "velora_config",
@@ -100,8 +102,27 @@ class LoraConfig(OptionalDora, RankedConfig):
             self.eva_config = given if isinstance(given, EvaConfig) else EvaConfig(**given)
         if self.lora_bias and self.init_lora_weights not in (True, False):
             raise ValueError(f"lora_bias=True goes only with a plain start, not {self.init_lora_weights!r}")
+        if self.alora_invocation_tokens is not None:
+            self._check_invocation()
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout} is not a probability below 1")
+
+    def _check_invocation(self) -> None:
+        if not self.alora_invocation_tokens:
+            raise ValueError("alora_invocation_tokens is empty: give the token ids of the sequence, or None")
+        others = {"use_dora": self.use_dora, "lora_bias": self.lora_bias, "init_lora_weights": self.needs_base}
+        for name, given in others.items():
+            if given:
+                raise ValueError(f"alora_invocation_tokens does not go with {name}={getattr(self, name)!r}")
+
+    def build(self, site: Site, path: str, device: torch.device, dtype: torch.dtype) -> Adapter:
+        if self.alora_invocation_tokens is None:
+            return super().build(site, path, device, dtype)
+        if not site.pointwise:
+            raise ValueError(f"{path}: an aLoRA is for linear layers, and this is a {type(site.module).__name__}")
+        from .alora import ALoRA
+
+        return ALoRA(self, site, path, device, dtype)
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
