@@ -141,12 +141,21 @@ class Linear4bit(Quantized):
 
 def dequantize_4bit(data: Tensor, state: Any) -> Tensor:
     """The float32 matrix of a packed one. The state's dtype, often half precision, would round it."""
+    _refuse_offloaded(data)
     ops, absmax = torch.ops.bitsandbytes, state.absmax
     if state.nested:
         second = state.state2
         absmax = ops.dequantize_blockwise(absmax, second.absmax, second.code, second.blocksize, torch.float32)
         absmax = absmax + state.offset
     return ops.dequantize_4bit(data, absmax.float(), state.blocksize, state.quant_type, state.shape, torch.float32)
+
+
+def _refuse_offloaded(data: Tensor) -> None:
+    if data.is_meta:
+        raise NotImplementedError(
+            "a quantized weight that is offloaded to memory or disk cannot be read or merged: keep these layers on a "
+            "device (device_map), or use adapters that leave the weight alone, such as LoRA"
+        )
 
 
 def unpack(weight: Any, state: Any) -> None:
@@ -196,6 +205,7 @@ class Linear8bit(Quantized):
     def to_matrix(self, weight: Any) -> Tensor:
         if weight.dtype != torch.int8:
             return weight
+        _refuse_offloaded(weight)
         scale = self.module.state.SCB if weight.SCB is None else weight.SCB
         return weight.data * (scale.to(weight.device).float() / 127)[:, None]
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dispatch import execution_device, fetch, offloading, put
+
 _SITES: dict[str, type[Site]] = {}
 _FOUND: dict[type[nn.Module], type[Site] | None] = {}
 _REFUSED = {
@@ -80,11 +82,21 @@ class Site:
 
     def stored(self) -> Mapping[str, Any]:
         """The module's own parameters, each complete in itself: not to be written to."""
-        return self.module._parameters
+        hook = self._offloading
+        return self.module._parameters if hook is None else fetch(self.module, hook)
 
     def store(self, name: str, parameter: nn.Parameter | None) -> None:
         """Have the module run with `parameter`, whose statistics are its own."""
-        self.module._parameters[name] = parameter
+        hook = self._offloading
+        if hook is None:
+            self.module._parameters[name] = parameter
+        else:
+            put(self.module, hook, name, parameter)
+
+    @property
+    def _offloading(self) -> Any:
+        """The hook that brings the weights when the module runs, if they are elsewhere until then."""
+        return offloading(self.module) if "_hf_hook" in self.module.__dict__ else None
 
     def pack(self, matrix: Tensor, like: nn.Parameter) -> nn.Parameter:
         """W (out, cols) as a parameter of the kind and dtype of `like`."""
@@ -145,7 +157,8 @@ class Site:
         weight = self.module._parameters.get("weight")
         if weight is None:
             weight = next(self.module.parameters())
-        return weight.device, weight.dtype
+        hook = self._offloading
+        return weight.device if hook is None else execution_device(hook), weight.dtype
 
     @property
     def device(self) -> torch.device:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import deepcopy
 
 import torch
 from torch import nn
 
 from ..adapter import Adapter, Slot
 from ..config import PeftConfig
+from ..dispatch import whole_copy
 from ..quantized import plain
 from ..sites import Site
 
@@ -22,7 +22,7 @@ class Copied(Adapter):
 
     def __init__(self, config: PeftConfig, site: Site, path: str, device: torch.device, dtype: torch.dtype):
         super().__init__(config, site, path, device, dtype)
-        self.module = plain(deepcopy(site.module)).requires_grad_(False)
+        self.module = plain(whole_copy(site.module)).requires_grad_(False)
 
     @property
     def whole(self) -> nn.Module:
