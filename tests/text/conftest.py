@@ -28,3 +28,17 @@ def llama_directory(tmp_path_factory) -> Path:
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return torch.arange(1, 13).reshape(2, 6)
+
+
+def byte_tokenizer():
+    """A tokenizer of bytes, which needs no vocabulary from anywhere."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
