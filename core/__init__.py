@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from .tuners.glora import GLoraConfig
     from .tuners.ia3 import IA3Config
     from .tuners.layerwise import LayerwiseConfig
+    from .tuners.ln_tuning import LNTuningConfig
     from .tuners.loha import LoHaConfig
     from .tuners.lokr import LoKrConfig
     from .tuners.lora import LoraConfig, LoraRuntimeConfig
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from .tuners.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
     from .tuners.prefix_tuning import PrefixTuningConfig
     from .tuners.prompt_tuning import PromptTuningConfig, PromptTuningInit
+    from .tuners.tokens import TrainableTokensConfig
     from .tuners.vera import VeraConfig
 
 _HOME = {
@@ -88,6 +90,7 @@ _HOME = {
     "FullConfig": "tuners.full",
     "GLoraConfig": "tuners.glora",
     "IA3Config": "tuners.ia3",
+    "LNTuningConfig": "tuners.ln_tuning",
     "LayerwiseConfig": "tuners.layerwise",
     "LoHaConfig": "tuners.loha",
     "LoKrConfig": "tuners.lokr",
@@ -120,6 +123,7 @@ _HOME = {
     "Site": "sites",
     "State": "state",
     "TaskType": "config",
+    "TrainableTokensConfig": "tuners.tokens",
     "TrainingState": "steps",
     "Transform": "adapter",
     "VeraConfig": "tuners.vera",

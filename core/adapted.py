@@ -28,7 +28,7 @@ from .replicate import replicated, restore_depth
 from .rows import Rows, cast
 from .state import State
 from .targets import walk
-from .ties import note_untied, shared_parameters
+from .ties import kept_tied, note_untied, shared_parameters
 from .train import Trainability, TrainedBias, parameter_dicts, trained_biases
 from .tuners.lora import LoraConfig
 from .weights import Weight, resolve
@@ -452,9 +452,10 @@ class AdaptedModel(nn.Module):
             undo.callback(self._undo_partial_merge)
             shared = shared_parameters(self.model) if keep_original == "none" else set()
             here = {path: layer for path, layer in self.layers.items() if layer.to_merge(new)}
-            for layer in tqdm(here.values(), "merging", disable=not progressbar, unit="layer"):
-                alone = shared.isdisjoint(map(id, layer.site.module._parameters.values()))
-                layer.merge(new, keep_original, in_place=keep_original == "none" and alone)
+            with kept_tied(layer.site.module for layer in here.values()):
+                for layer in tqdm(here.values(), "merging", disable=not progressbar, unit="layer"):
+                    alone = shared.isdisjoint(map(id, layer.site.module._parameters.values()))
+                    layer.merge(new, keep_original, in_place=keep_original == "none" and alone)
             undo.pop_all()
         self.rounding |= warn_of_rounding({path: layer.rounding for path, layer in here.items()})
         with self.trainability.change():

@@ -16,11 +16,14 @@ from .layer import AdaptedLayer
 from .prompts.layer import PromptLayer, prompt_layer
 from .quantized import quantized_sites
 from .state import State
-from .targets import Place, inside, near, select
+from .targets import Place, base_of, input_embedding, inside, near, select
+from .ties import tied_to
 from .tuners.copied import Copied
+from .tuners.tokens import Tokens
 
 HALF = (torch.float16, torch.bfloat16)
 META = torch.device("meta")
+Built = tuple[Place, AdaptedLayer, Adapter]
 
 
 def whole_modules(
@@ -55,11 +58,11 @@ def build_adapters(
     autocast: bool,
     initialise: bool,
     strict: bool,
-) -> list[tuple[Place, AdaptedLayer, Adapter]]:
+) -> list[Built]:
     """Adapters for everything that `config` targets or trains whole, and their layers; nothing is installed yet."""
     adapted = [path for path, place in places.items() if isinstance(place.module, AdaptedLayer)]
     quantized_sites(p.module for p in places.values() if not isinstance(p.module, AdaptedLayer))  # settles them all
-    built: list[tuple[Place, AdaptedLayer, Adapter]] = []
+    built: list[Built] = []
     chosen = [] if config.prompts else select(model, config, places, strict)
     whole = whole_modules(model, config, places, adapted)
     if config.prompts:
@@ -68,6 +71,7 @@ def build_adapters(
     for place in chosen:
         layer = _layer_at(place, state)
         built.append((place, layer, _build(config, layer, place.path, autocast, initialise)))
+    built += _tokens(model, config, places, built, state, autocast, initialise)
     _share({place.path: adapter for place, _, adapter in built})
     _initialise([(layer, adapter) for _, layer, adapter in built], initialise)
     for place in whole:
@@ -82,10 +86,62 @@ def _layer_at(place: Place, state: State) -> AdaptedLayer:
 
 def _build(config: PeftConfig, layer: AdaptedLayer, path: str, autocast: bool, initialise: bool) -> Adapter:
     """An adapter on its layer's device: in float32 over half precision (`autocast`), else in the layer's dtype."""
+    return config.build(layer.site, path, *_place_of(layer, autocast, initialise))
+
+
+def _place_of(layer: AdaptedLayer, autocast: bool, initialise: bool) -> tuple[torch.device, torch.dtype]:
     device, dtype = layer.site.place
     if not dtype.is_floating_point or (autocast and dtype in HALF):
         dtype = torch.float32
-    return config.build(layer.site, path, device if initialise else META, dtype)
+    return device if initialise else META, dtype
+
+
+def _tokens(
+    model: nn.Module,
+    config: PeftConfig,
+    places: dict[str, Place],
+    built: list[Built],
+    state: State,
+    autocast: bool,
+    initialise: bool,
+) -> list[Built]:
+    """Adapters for `trainable_token_indices`, and for the modules that are tied to an embedding whose tokens are
+    trained.
+
+    Raises:
+        ValueError: a name that matches nothing, or a layer that the adapter changes otherwise too.
+    """
+    wanted = getattr(config, "trainable_token_indices", None) or {}
+    if isinstance(wanted, list):
+        wanted = {input_embedding(model, places): wanted}
+    whole = inside(config.modules_to_save)
+    mine = {place.path: adapter for place, _, adapter in built}
+    found: list[Built] = []
+
+    def add(place: Place, tokens: list[int], prefix: str) -> Tokens:
+        if place.path in mine or whole(place.path):
+            raise ValueError(f"{place.path} has trainable tokens, so the same adapter cannot change it otherwise too")
+        layer = _layer_at(place, state)
+        adapter = Tokens(config, layer.site, place.path, *_place_of(layer, autocast, initialise), tokens, prefix)
+        found.append((place, layer, adapter))
+        mine[place.path] = adapter
+        return adapter
+
+    for name, tokens in wanted.items():
+        named = [place for path, place in places.items() if f".{path}".endswith(f".{name}")]
+        if not named:
+            raise ValueError(f"trainable_token_indices names {name!r}, which matches no module{near([name], places)}")
+        for place in named:
+            add(place, tokens, "token_adapter.")
+    modules = [(path, base_of(place.module)) for path, place in places.items()]
+    for owner in [a for a in mine.values() if isinstance(a, Tokens)]:
+        for path in tied_to(owner.site.module.weight, modules) if owner.owner else ():
+            other = mine.get(path)
+            if not isinstance(other, Tokens):
+                other = add(places[path], owner.token_indices, owner.prefix)
+            if other is not owner and other.token_indices == owner.token_indices:
+                other.tie(owner)
+    return found
 
 
 def _share(adapters: dict[str, Adapter]) -> None:

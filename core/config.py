@@ -108,6 +108,8 @@ class PeftConfig:
     """Whether the method is virtual tokens before the text, rather than a change of layers."""
     norms: ClassVar[bool] = False
     """Whether the method can adapt a norm, whose weight is no matrix but a number for each feature."""
+    on_embeddings: ClassVar[bool] = False
+    """Whether the default target is the model's input embedding."""
     later: ClassVar[frozenset[str]] = frozenset()
     """Fields of PEFT's config that this release cannot honour: refused when set, dropped when empty."""
     ignored: ClassVar[frozenset[str]] = frozenset({"runtime_config"})

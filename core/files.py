@@ -105,7 +105,7 @@ def write_config(directory: Path, config: PeftConfig, **changes: Any) -> None:
     write_text(directory / CONFIG_NAME, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-_OURS = {"use_dora", "dora_on_input", "left_shape", "exclude_modules"}
+_OURS = {"use_dora", "dora_on_input", "left_shape", "exclude_modules", "modules_to_save"}
 """Options that go beyond PEFT for some methods: left out of files that do not use them, so that PEFT sees none."""
 
 

@@ -46,7 +46,8 @@ def find(module_type: type[nn.Module]) -> type[Site] | None:
     if module_type not in _FOUND:
         names = [f"{cls.__module__}.{cls.__qualname__}" for cls in module_type.__mro__]
         first = next((n for n in names if n in _SITES or n in _REFUSED), "")
-        _FOUND[module_type] = _SITES.get(first)
+        is_norm = "Norm" in module_type.__name__ and not first  # each model of transformers has classes of its own
+        _FOUND[module_type] = AnyNorm if is_norm else _SITES.get(first)
     return _FOUND[module_type]
 
 
@@ -310,3 +311,16 @@ class GroupNorm(Norm):
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.group_norm(x, self.module.num_groups, weight.flatten(), bias, self.module.eps)
+
+
+class AnyNorm(Norm):
+    """A norm of some library, called with other weights rather than known by its formula."""
+
+    def __init__(self, module: Any):
+        if not isinstance(module._parameters.get("weight"), Tensor) or module.weight.ndim != 1:
+            raise ValueError(f"a {type(module).__name__} has no weight for each feature, so it cannot be adapted")
+        super().__init__(module)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        tensors = {"weight": self.from_matrix(weight)} | ({} if bias is None else {"bias": bias})
+        return torch.func.functional_call(self.module, tensors, (x,))

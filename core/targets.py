@@ -101,6 +101,8 @@ def select(model: nn.Module, config: PeftConfig, places: dict[str, Place], stric
     excluded, saved = matcher(config.exclude_modules), inside(config.modules_to_save)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
         config.target_modules = all_linear(model, config, places)
+    if config.target_modules is None and config.on_embeddings:
+        config.target_modules = input_embedding(model, places)
     config.complete(getattr(getattr(model, "config", None), "model_type", None))
     targets, targeted, in_layer = config.target_modules or (), matcher(config.target_modules), layer_filter(config)
     hits = [p for path, p in places.items() if targeted(path) and (path in targets or in_layer(path))]
@@ -115,7 +117,7 @@ def select(model: nn.Module, config: PeftConfig, places: dict[str, Place], stric
             stacklevel=4,
         )
     for place in chosen:
-        base = _base(place.module)
+        base = base_of(place.module)
         site = find(type(base))
         if site is None or (site.elementwise and not config.norms):
             raise ValueError(f"{place.path}: a {type(base).__name__} cannot be adapted: {why_not(base)}")
@@ -125,7 +127,8 @@ def select(model: nn.Module, config: PeftConfig, places: dict[str, Place], stric
     return chosen
 
 
-def _base(module: nn.Module) -> nn.Module:
+def base_of(module: nn.Module) -> nn.Module:
+    """The module without adapters."""
     return module.base_layer if isinstance(module, AdaptedLayer) else module
 
 
@@ -134,11 +137,17 @@ def all_linear(model: nn.Module, config: PeftConfig, places: dict[str, Place]) -
     heads = set()
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None:
-        heads.add(id(_base(output)))
+        heads.add(id(base_of(output)))
     elif config.task_type == TaskType.SEQ_CLS:
-        heads.update(id(_base(getattr(model, n))) for n in HEADS[TaskType.SEQ_CLS] if hasattr(model, n))
-    bases = {path: _base(place.module) for path, place in places.items()}
+        heads.update(id(base_of(getattr(model, n))) for n in HEADS[TaskType.SEQ_CLS] if hasattr(model, n))
+    bases = {path: base_of(place.module) for path, place in places.items()}
     return {path for path, m in bases.items() if (site := find(type(m))) and site.all_linear and id(m) not in heads}
+
+
+def input_embedding(model: nn.Module, places: dict[str, Place]) -> str:
+    """The path of the model's input embedding, as transformers' models tell, or "embed_tokens"."""
+    found = getattr(model, "get_input_embeddings", lambda: None)()
+    return next((path for path, place in places.items() if place.module is found), "embed_tokens")
 
 
 def condense(chosen: Iterable[str], places: Iterable[str]) -> set[str]:
@@ -190,7 +199,7 @@ def _nothing_matched(model: nn.Module, config: PeftConfig, places: dict[str, Pla
     shown = f"target_modules={_shown(config.target_modules)}"
     if hits:
         return f"{shown} matches {len(hits)} modules of {type(model).__name__}, but all of them are excluded"
-    adaptable = [path for path, p in places.items() if find(type(_base(p.module)))]
+    adaptable = [path for path, p in places.items() if find(type(base_of(p.module)))]
     targets = config.target_modules or ()
     names = re.findall(r"\w+", targets) if isinstance(targets, str) else targets
     message = f"{shown} matches no layer of {type(model).__name__}{near(names, adaptable)}"

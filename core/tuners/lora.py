@@ -71,13 +71,16 @@ class LoraConfig(OptionalDora, RankedConfig):
     """How to compute, on this machine; never saved."""
     lora_bias: bool = False
     """Add a trained bias to B."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Tokens whose embeddings are trained along: ids for the input embedding, or by module name. What is tied to it
+    stays tied (see `tokens.py`)."""
 
     alpha_field: ClassVar[str] = "lora_alpha"
     later: ClassVar[frozenset[str]] = frozenset(
         {
             "arrow_config", "corda_config", "ensure_weight_tying",
             "kasa_config", "lora_ga_config", "megatron_config",
-            "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
+            "monteclora_config", "target_parameters", "use_bdlora", "use_qalora",
             "velora_config",
         }
     )  # fmt: skip

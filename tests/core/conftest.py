@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from veneer.core import AdaptedModel, PeftConfig
 from veneer.core.config import config_classes
 
-RANDOM = {"LORA": "init_lora_weights", "ADALORA": "init_lora_weights", "IA3": "init_ia3_weights"}
-"""The option that turns a method's identity start into a random one, where it is not `init_weights`."""
+RANDOM = {"LN_TUNING": "", "LORA": "init_lora_weights", "ADALORA": "init_lora_weights", "IA3": "init_ia3_weights"}
+"""The option that turns a method's identity start into a random one, where it is not `init_weights`; "" for none."""
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "LORA": [
@@ -34,6 +34,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"r": 8, "left_shape": (2, 1)},
     ],
     "IA3": [{"feedforward_modules": []}, {"feedforward_modules": ["layer"], "target_modules": ["layer"]}],
+    "LN_TUNING": [{}],
+    "TRAINABLE_TOKENS": [{"token_indices": [7, 1, 3]}],
     "VERA": [{"r": 3}, {"r": 2, "save_projection": False, "projection_prng_key": 7}],
     "ADALORA": [{"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}],
     "OFT": [{"oft_block_size": 2}, {"r": 2, "oft_block_size": 0, "use_cayley_neumann": False, "block_share": True}],
@@ -77,9 +79,10 @@ NORMS = {
 
 UNFIT = {
     ("ia31", "embedding"),
+    *(("trainable_tokens", k) for k in [*KINDS] if k not in ("linear", "linear-nobias", "embedding")),
     *(("full1", kind) for kind in ("embedding", "rmsnorm", "linear-nobias", "conv2d-groups")),
 }
-"""An embedding has no input features to scale; a change of the bias is for layers that have one."""
+"""An embedding has no input features to scale, tokens are rows, and a change of the bias needs a layer that has one."""
 
 METHODS = [
     pytest.param(method.value, i, id=f"{method.value.lower()}{i or ''}")
@@ -103,7 +106,7 @@ def make_config(method: str, variant: int, random: bool = True, **changes: Any) 
     """A small config; `random` starts it away from the identity."""
     options = {"target_modules": ["layer"]} | SETTINGS[method][variant] | changes
     if random and options.get("init_lora_weights") != "pissa":  # which moves from its start when stirred
-        options[RANDOM.get(method, "init_weights")] = False
+        options |= {option: False for option in [RANDOM.get(method, "init_weights")] if option}
     return config_classes()[method](**options)
 
 

@@ -56,6 +56,7 @@ CONVS = ["conv1", "conv2", "point", "conv3"]
 EVERY = ["embed", *DENSE, *CONVS]
 LORA = {"r": 4, "lora_alpha": 6, "init_lora_weights": False}
 LYCORIS = {"r": 1, "alpha": 6, "init_weights": False}
+TOKENS_3 = {"token_indices": [4, 0, 7], "init_weights": False}
 VERA = {"r": 3, "projection_prng_key": 3, "init_weights": False}
 ADALORA = {"init_r": 4, "lora_alpha": 6, "target_r": 2, "total_step": 10, "init_lora_weights": False}
 OFT = {"oft_block_size": 2, "init_weights": False}
@@ -104,6 +105,11 @@ CASES = {
             "feedforward_modules": ["linear", "conv2"],
             "init_ia3_weights": False,
         },
+    ),
+    "tokens": ("TrainableTokensConfig", TOKENS_3 | {"target_modules": ["embed"]}),
+    "lora tokens": (
+        "LoraConfig",
+        LORA | {"target_modules": ["linear"], "trainable_token_indices": {"embed": [5, 2]}},
     ),
     "vera": ("VeraConfig", VERA | {"target_modules": DENSE}),
     "vera drawn again": ("VeraConfig", VERA | {"target_modules": DENSE, "save_projection": False}),
@@ -307,6 +313,15 @@ REAL = [
     (llama, "OFTConfig", OFT | {"target_modules": ["q_proj", "v_proj"]}),
     (llama, "VeraConfig", VERA | {"target_modules": "all-linear"}),
     (gpt2, "VeraConfig", VERA | {"task_type": "CAUSAL_LM", "d_initial": 0.2}),
+    (llama, "LNTuningConfig", {"task_type": "CAUSAL_LM"}),
+    (bert, "LNTuningConfig", {"target_modules": ["LayerNorm"]}),
+    (gpt2, "LNTuningConfig", {"task_type": "CAUSAL_LM"}),
+    (t5, "LNTuningConfig", {"task_type": "SEQ_2_SEQ_LM"}),
+    (llama, "TrainableTokensConfig", {"token_indices": [9, 4], "task_type": "CAUSAL_LM"}),
+    (gpt2, "TrainableTokensConfig", {"token_indices": [9, 4], "task_type": "CAUSAL_LM"}),
+    (llama, "LoraConfig", LORA | {"task_type": "CAUSAL_LM", "trainable_token_indices": [4, 9]}),
+    (gpt2, "LoraConfig", LORA | {"task_type": "CAUSAL_LM", "trainable_token_indices": {"wte": [5], "wpe": [1, 3]}}),
+    (t5, "LoraConfig", LORA | {"task_type": "SEQ_2_SEQ_LM", "trainable_token_indices": [5, 1]}),
     (llama, "AdaLoraConfig", ADALORA | {"task_type": "CAUSAL_LM"}),
     (bert, "LoraConfig", LORA | {"task_type": "SEQ_CLS"}),
     (
