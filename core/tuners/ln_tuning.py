@@ -32,14 +32,16 @@ class LNTuning(Folded):
     def __init__(self, config: LNTuningConfig, site: Site, path: str, device: torch.device, dtype: torch.dtype):
         super().__init__(config, site, path, device, dtype)
         bias = site.module._parameters.get("bias")
-        self.ln_tuning_layers = Factor(
-            self.new(*site.module.weight.shape), None if bias is None else self.new(*bias.shape)
-        )
+        self.packed = not site.module.weight.is_floating_point()  # quantized: then it holds the matrix itself
+        shape = (site.out, site.cols) if self.packed else site.module.weight.shape
+        self.ln_tuning_layers = Factor(self.new(*shape), None if bias is None else self.new(*bias.shape))
 
     def reset(self) -> None:
-        for name, parameter in self.ln_tuning_layers.named_parameters():
-            parameter.data.copy_(self.site.module._parameters[name].detach())
+        weight, bias = self.site.read()
+        self.ln_tuning_layers.weight.data.copy_(weight if self.packed else self.site.module.weight)
+        if bias is not None:
+            self.ln_tuning_layers.bias.data.copy_(bias)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        new = self.site.to_matrix(self.ln_tuning_layers.weight).to(weight.dtype)
-        return new, None if bias is None else self.ln_tuning_layers.bias.to(weight.dtype)
+        new = self.ln_tuning_layers.weight if self.packed else self.site.to_matrix(self.ln_tuning_layers.weight)
+        return new.to(weight.dtype), None if bias is None else self.ln_tuning_layers.bias.to(weight.dtype)

@@ -17,7 +17,7 @@ from veneer.core import AdaptedModel, LoHaConfig, LoKrConfig, LoraConfig, Merged
 from veneer.core.adapter import Adapter
 from veneer.core.stack import fold
 
-from .conftest import METHODS, build, each_case, make_config, stir
+from .conftest import METHODS, UNFIT, build, each_case, make_config, stir
 
 
 class PeakMemory(TorchDispatchMode):
@@ -99,7 +99,7 @@ def test_tiles_give_the_folded_weight(method, variant, kind, keep, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["conv2d", "conv2d-groups"])
-@pytest.mark.parametrize(("method", "variant"), METHODS)
+@pytest.mark.parametrize(("method", "variant"), [m for m in METHODS if (m.id, "conv2d") not in UNFIT])
 def test_merging_overwrites_weights_in_other_memory_formats(method, variant, kind):
     model, x = build(method, variant, kind, "a")
     model.to(memory_format=torch.channels_last)
