@@ -14,13 +14,13 @@ from veneer.core import (
     PeftConfig,
     after_step,
     get_peft_model,
-    load_adapter,
     load_training_state,
     method,
     penalty,
     save_adapter,
     training_state,
 )
+from veneer.core.files import read_weights
 
 
 @dataclass
@@ -83,7 +83,7 @@ def bank(*names: str) -> AdaptedModel:
     return model
 
 
-def test_what_layers_share_is_one_tensor_by_adapter_saved_once(tmp_path, monkeypatch):
+def test_what_layers_share_is_one_tensor_by_adapter_saved_once(tmp_path):
     model, x = bank("a", "b"), torch.randn(3, 4)
     commons = {name: {id(a.common) for a in model.adapters(name).values()} for name in ("a", "b")}
     assert all(len(found) == 1 for found in commons.values())
@@ -94,7 +94,7 @@ def test_what_layers_share_is_one_tensor_by_adapter_saved_once(tmp_path, monkeyp
     y.sum().backward()
     assert model.layers["0"].adapters["a"].common.bank.grad.any()
     save_adapter(tmp_path, model.configs["a"], model.tensors("a"))
-    tensors = load_adapter_tensors(tmp_path, monkeypatch)
+    tensors = read_weights(tmp_path, config=model.configs["a"])
     other = bank()
     other.load("c", BankConfig(target_modules=["0", "1"]), tensors, trainable=True)
     assert torch.equal(other(x), y)
@@ -102,11 +102,6 @@ def test_what_layers_share_is_one_tensor_by_adapter_saved_once(tmp_path, monkeyp
     assert not any(b.is_meta for b in other.buffers())
     with pytest.raises(ValueError, match=r"missing \['bank'\]"):
         bank().load("c", BankConfig(target_modules=["0", "1"]), {k: t for k, t in tensors.items() if "own" in k})
-
-
-def load_adapter_tensors(directory, monkeypatch):
-    monkeypatch.setattr("veneer.core.files.read_config", lambda *_, **__: None)  # no method of the package
-    return load_adapter(directory)[1]
 
 
 def test_hooks_reach_the_running_trainable_adapters():
