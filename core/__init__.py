@@ -53,6 +53,14 @@ if TYPE_CHECKING:
     from .state import State
     from .status import BaseTunerLayer, LoraLayer, ModulesToSaveWrapper, get_layer_status, get_model_status
     from .steps import TrainingState, after_step, load_training_state, penalty, training_state
+    from .tasks import (
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+    )
     from .tuners.adalora import AdaLoraConfig
     from .tuners.diag_oft import DiagOFTConfig
     from .tuners.full import FullConfig
@@ -110,6 +118,12 @@ _HOME = {
     "PeftConfig": "config",
     "PeftError": "errors",
     "PeftModel": "model",
+    "PeftModelForCausalLM": "tasks",
+    "PeftModelForFeatureExtraction": "tasks",
+    "PeftModelForQuestionAnswering": "tasks",
+    "PeftModelForSeq2SeqLM": "tasks",
+    "PeftModelForSequenceClassification": "tasks",
+    "PeftModelForTokenClassification": "tasks",
     "PeftType": "config",
     "PeftWarning": "errors",
     "PrefixTuningConfig": "tuners.prefix_tuning",

@@ -90,7 +90,7 @@ class PeftModel(AdapterMethods, nn.Module):
         where = _where(where)
         config = config or read_config(model_id, **where)
         tensors = read_weights(model_id, config=config, **where)
-        self = cls.of(model, autocast_adapter_dtype)
+        self = _class_for(config, cls).of(model, autocast_adapter_dtype)
         self._load(adapter_name, config, tensors, is_trainable)
         return self
 
@@ -353,7 +353,14 @@ def get_peft_model(
             "base_model_class": type(model).__name__,
             "parent_library": type(model).__module__,
         }
-    return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
+    return _class_for(peft_config, PeftModel)(model, peft_config, adapter_name, autocast_adapter_dtype)
+
+
+def _class_for(config: PeftConfig, asked: type[PeftModel]) -> type[PeftModel]:
+    """The class that is asked for, or where that is only `PeftModel`, the one of the config's task."""
+    from .tasks import TASKS
+
+    return TASKS.get(config.task_type, asked) if asked is PeftModel else asked
 
 
 def inject_adapter_in_model(

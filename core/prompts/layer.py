@@ -37,7 +37,9 @@ class PromptLayer(AdaptedLayer):
     def __init__(self, model: nn.Module, state: State):
         self.__dict__["site"] = PromptSite(model)
         super().__init__(nn.Identity(), state, NAME)
-        self.__dict__.update(training=model.training, _hooks=[], _skip=0, _decoder_skip=0, task_ids=None)
+        self.__dict__.update(
+            training=model.training, _hooks=[], _skip=0, _decoder_skip=0, _own_cache=False, task_ids=None
+        )
 
     def _describe_base(self) -> None:
         self.__dict__["_stacks"] = {}
@@ -162,11 +164,9 @@ class PromptLayer(AdaptedLayer):
             return 0
         cache = call.get(signature.cache)
         marked: Virtual | None = getattr(cache, MARK, None)
-        running = self._running(Prompt)
-        if not running and not marked:
+        if not marked and not any(p.enters(decoder, prefixes) for p in self._running(Prompt)):
             return 0
-        first = is_first(cache) if running or marked else False
-        if not first:
+        if not is_first(cache):
             if marked:
                 enter(call, signature, marked, in_input=0, first=False, queries=sample.shape[1])
             return 0
@@ -211,6 +211,8 @@ class PromptLayer(AdaptedLayer):
         from transformers import DynamicCache, EncoderDecoderCache
 
         cache = call.get(signature.cache)
+        wanted = call.get("use_cache")
+        self.__dict__["_own_cache"] = cache is None and not (self.site.config.use_cache if wanted is None else wanted)
         if cache is None:
             cache = DynamicCache(config=self.site.config)
             if self.site.decoder is not None:
@@ -244,8 +246,13 @@ class PromptLayer(AdaptedLayer):
         return _strip(self._mark(output, count, self.site.decoder_signature), count, False)
 
     def _mark(self, output: Any, count: int, signature: Signature) -> Any:
-        """Say of a cache that the backbone made in this call what lies in it."""
-        cache = output.get(signature.cache) if count and isinstance(output, dict) else None
+        """Say of a cache that the backbone made in this call what lies in it; take back one that only we needed."""
+        if not isinstance(output, dict):
+            return output
+        if self.__dict__["_own_cache"] and signature.cache in output:
+            output[signature.cache] = None  # the caller wants none, and would hand it back
+            self.__dict__["_own_cache"] = False
+        cache = output.get(signature.cache) if count else None
         if cache is not None and getattr(cache, MARK, None) is None:
             setattr(cache, MARK, self.__dict__["_entered"])
         return output

@@ -62,6 +62,10 @@ class Prompt(Adapter):
         """The virtual tokens: (total, width), or (batch, total, width) where they differ by row."""
         return self.embedding.weight
 
+    def enters(self, decoder: bool, prefixes: bool) -> bool:
+        """Whether it enters there: at a decoder after an encoder, or a backbone that takes prefixes."""
+        raise NotImplementedError
+
     def slots(self) -> Iterator[Slot]:
         for name, held, key in super().slots():
             yield KEY if name == "embedding.weight" else name, held, key
@@ -92,6 +96,9 @@ class SoftPrompt(Prompt):
 
     parts: int = 1
 
+    def enters(self, decoder: bool, prefixes: bool) -> bool:
+        return not decoder or self.parts == 2
+
     def entering(self, decoder: bool, task_ids: Tensor | None) -> Tensor | None:
         """What enters the backbone, or None: (count, width) or (batch, count, width)."""
         if decoder and self.parts < 2:
@@ -102,6 +109,9 @@ class SoftPrompt(Prompt):
 
 class Prefix(Prompt):
     """Keys and values before those of the text, in every layer of a decoder."""
+
+    def enters(self, decoder: bool, prefixes: bool) -> bool:
+        return prefixes
 
     @property
     def rows(self) -> int:
@@ -154,10 +164,12 @@ class Reparameterised(Prompt):
     def settle(self, names: set[str]) -> None:
         if self.network and KEY in names and not any(n.startswith(NETWORK) for n in names):
             self.network = False
-            for name in [n for n in self._modules if n != "embedding"]:
+            for name in [n for n, m in self._modules.items() if m is not None and n != "embedding"]:
+                for module in self._modules[name].modules():  # type: ignore[union-attr]
+                    module._parameters.clear()  # whose dicts are known to whoever sets requires_grad
                 delattr(self, name)
             del self._buffers["made"]
-            self.embedding = Factor(self.new(self.rows, self.width))
+            self.embedding.weight = self.new(self.rows, self.width)
 
     def slots(self) -> Iterator[Slot]:
         if not self.network:
