@@ -14,6 +14,7 @@ from .combine import find_combination
 from .config import PeftConfig
 from .errors import PeftWarning
 from .steps import after_step, penalty
+from .vectors import add_vectors, are_vectors
 from .weights import Weight
 
 
@@ -77,7 +78,7 @@ class AdapterMethods:
         adapters: list[str],
         weights: Sequence[Weight],
         adapter_name: str,
-        combination_type: str = "svd",
+        combination_type: str | None = None,
         svd_rank: int | None = None,
         svd_clamp: float | None = None,
         svd_full_matrices: bool = True,
@@ -87,6 +88,9 @@ class AdapterMethods:
         **options: Any,
     ) -> None:
         """Add an adapter that is a weighted combination of others, by any of `combination_types()`.
+
+        Without a `combination_type`, IA3 adapters become an IA3 adapter, whose vectors are the weighted sum of theirs,
+        and others a LoRA by "svd".
 
         options: those beyond PEFT's, `max_error` or `seed` for example. `svd_full_matrices` changes no result, and is
         not needed. A name that exists already is left as it is, as in PEFT. `AdaptedModel.combine` does the same and
@@ -102,6 +106,10 @@ class AdapterMethods:
             "majority_sign_method": None if majority_sign_method == "total" else majority_sign_method,
         }
         options |= {key: value for key, value in given.items() if value is not None}
+        if combination_type is None and not options and are_vectors(self.handle, adapters):
+            add_vectors(self.handle, adapters, weights, adapter_name)
+            return
+        combination_type = combination_type or "svd"
         unread = sorted(options.keys() & given.keys() - find_combination(combination_type).options.keys())
         if unread:
             warnings.warn(f"{combination_type!r} does not read {', '.join(unread)}", PeftWarning, stacklevel=2)
