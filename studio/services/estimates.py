@@ -17,6 +17,7 @@ from ...diffusion.families import EMBEDDED, EMBEDDED_PATH
 from ..jobs.store import everything
 from ..jobs.task import spoken
 from ..workspace import Workspace
+from .recipes import has
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,12 @@ class _Size:
 def _adapter(shapes: list[tuple[int, ...]], options: Mapping[str, Any]) -> float:
     """Trained numbers: attention's projections are about a third of the matrices, all of them with the other two."""
     share = min(1.0, 0.35 + 0.25 * options["feed_forward"] + 0.4 * options["conv"])
+    if options["method"] == "full":
+        return share * sum(prod(shape) for shape in shapes)
     pairs = sum(shape[0] + prod(shape[1:]) for shape in shapes if len(shape) > 1)
     factors = {"loha": 2.0, "lokr": 0.1}.get(options["method"], 1.0)
-    return share * pairs * options["rank"] * factors
+    rank = options["rank"] if has(options["method"], "rank") and options["method"] != "vera" else 1
+    return share * pairs * rank * factors
 
 
 def _shapes(model: str) -> dict[str, list[tuple[int, ...]]]:

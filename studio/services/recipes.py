@@ -22,6 +22,7 @@ from ...diffusion.config import AdapterOptions, DreamBoothConfig
 from ...diffusion.demo import STYLE_RATES, SUBJECT_RATES
 from ...diffusion.families import EMBEDDED
 from ..errors import StudioError
+from .methods import methods
 
 if TYPE_CHECKING:
     from .datasets import Dataset
@@ -39,12 +40,47 @@ GOALS = {
     "subject": Choice("A subject", "One thing, person or animal, which can then be drawn anywhere."),
     "style": Choice("A style", "A way of drawing, which can then be given to anything."),
 }
-METHODS = {
+_KNOWN = {
     "lora": Choice("LoRA", "Read by every program. The right one unless you know why not."),
     "dora": Choice("DoRA", "LoRA that learns magnitudes apart: slower, often closer."),
     "loha": Choice("LoHa", "More expressive at the same rank; read by fewer programs."),
     "lokr": Choice("LoKr", "The smallest files; read by fewer programs."),
+    "diag_oft": Choice("Diag-OFT and BOFT", "Turns each layer's outputs, block by block, as LyCORIS does."),
+    "full": Choice("Full difference", "Every weight of the layers: the largest files."),
+    "glora": Choice("GLoRA", "Scales and shifts weights and inputs together."),
+    "ia3": Choice("IA3", "A number for each output: tiny files, small changes."),
+    "oft": Choice("OFT", "Turns each layer's inputs, block by block."),
 }
+_NOT_HERE = frozenset({"trainable_tokens", "ln_tuning", "vera", "adalora"})
+"""Two train what a diffusion pipeline's attention does not have, rows of an embedding and norm layers; the files of the
+other two are read by no dialect yet, so that the library could not show them."""
+
+
+def _offered() -> dict[str, Choice]:
+    """Every method that DreamBooth takes, in the order of `_KNOWN`; one of which nothing is said here by its file."""
+    taken = set(get_args(get_type_hints(AdapterOptions)["method"])) & methods().keys() - _NOT_HERE
+    order = [key for key in _KNOWN if key in taken or key == "dora"]
+    return {key: _KNOWN[key] for key in order} | {
+        key: Choice(key.replace("_", " ").upper(), methods()[key].about) for key in sorted(taken - _KNOWN.keys())
+    }
+
+
+METHODS = _offered()
+_CALLED = {
+    "rank": {"r"},
+    "alpha": {"lora_alpha", "alpha"},
+    "dropout": {"lora_dropout", "vera_dropout", "rank_dropout"},
+    "dora": {"use_dora"},
+    "rank_pattern": {"rank_pattern"},
+    "alpha_pattern": {"alpha_pattern"},
+}
+"""Options of every method, and what the methods' own configs call them."""
+
+
+def has(method: str, option: str) -> bool:
+    """Whether a method reads one of the options that `AdapterOptions` has for all."""
+    counts_blocks = method == "oft" and option == "rank"
+    return not counts_blocks and (option not in _CALLED or bool(_CALLED[option] & methods()[method].fields))
 
 
 @dataclass(frozen=True)
@@ -142,12 +178,19 @@ def _amounts(preset: Preset, pictures: int, model: str) -> dict[str, Any]:
 
 def _adapters(preset: Preset, goal: str, method: str, model: str) -> dict[str, Any]:
     own, dora = ("lora" if method == "dora" else method), method == "dora"
-    rank = 8 if model == EMBEDDED else preset.rank
-    rates = (SUBJECT_RATES if goal == "subject" else STYLE_RATES)[own] if model == EMBEDDED else (None, None)
-    wide = goal == "subject" and (model == EMBEDDED or preset is PRESETS["best"])
-    common: dict[str, Any] = {"method": own, "rank": rank, "dora": dora}
+    rank = {"rank": 8 if model == EMBEDDED else preset.rank} if has(own, "rank") else {}
+    known = SUBJECT_RATES if goal == "subject" else STYLE_RATES
+    rates = known.get(own, (None, None) if rank else (1e-2, 1e-2)) if model == EMBEDDED else (None, None)
+    wide = goal == "subject" and own in known and (model == EMBEDDED or preset is PRESETS["best"])
+    common: dict[str, Any] = {"method": own, "dora": dora, "options": _own_options(own, model), **rank}
     unet = AdapterOptions(**common, learning_rate=rates[0], feed_forward=wide, conv=wide)
     return {"unet": unet, "text_encoder": AdapterOptions(**common, learning_rate=rates[1])}
+
+
+def _own_options(method: str, model: str) -> dict[str, Any]:
+    """What a method needs that its defaults, made for large language models, do not give."""
+    small = {"oft": "oft_block_size", "diag_oft": "block_size"}.get(method)
+    return {small: 8} if small and model == EMBEDDED else {}
 
 
 def _config(values: Mapping[str, Any]) -> DreamBoothConfig:
@@ -194,11 +237,6 @@ _DECIDED = frozenset(
     {"instance_data_dir", "instance_prompt", "output_dir", "class_data_dir", "device", "model", "revision"}
 )
 """Settings that the form's first choices make, or the server."""
-_OPTIONS = {"lora": ("use_rslora",), "dora": ("use_rslora",), "loha": (), "lokr": ("decompose_factor",)}
-_OPTION_FIELDS = {
-    "use_rslora": ("bool", False, "Strength alpha / √rank instead of alpha / rank: keeps high ranks learning."),
-    "decompose_factor": ("int", -1, "Size of the first Kronecker factor; -1 finds the one nearest to a square."),
-}
 _COMPONENTS = {"unet": "UNet", "text_encoder": "Text encoder"}
 
 
@@ -222,11 +260,14 @@ def _adapter_fields(method: str, part: str, title: str) -> Iterator[Field]:
         if short == "method":
             help_ = "Whether this part is trained."
             yield Field(field.name, f"{title}: trained by", help_, "choice", own, (own, "none"))
-        elif not (short == "dora" and own == "lora"):  # between LoRA and DoRA the method decides
+        elif has(own, short) and not (short == "dora" and own == "lora"):  # between LoRA and DoRA the method decides
             yield field
-    for name in _OPTIONS[method]:
-        kind, default, help_ = _OPTION_FIELDS[name]
-        yield Field(f"{part}.options.{name}", f"{title}: {_words(name)}", help_, kind, default)  # pyright: ignore
+    common = set().union(*_CALLED.values()) - ({"r"} if own == "oft" else set())
+    for option in methods()[own].options:
+        if option.name not in common:
+            label = f"{title}: {_words(option.name)}"
+            kind: Any = option.type
+            yield Field(f"{part}.options.{option.name}", label, option.help, kind, option.default, option.choices)
 
 
 def _fields_of(cls: type, prefix: str, title: str) -> Iterator[Field]:

@@ -202,7 +202,7 @@ def _card(job: store.Job, step: int, name: str) -> dict[str, Any]:
         "name": name.strip() or job.arguments["name"],
         "base": config["model"],
         "method": ", ".join(dict.fromkeys(_title(part) for part in parts)),
-        "rank": sorted({part["rank"] for part in parts}),
+        "rank": sorted({part["rank"] for part in parts if recipes.has(part["method"], "rank")}),
         "trigger": config["instance_prompt"],
         "recipe": to_yaml(config),
         "source": f"trained here, step {step}",
