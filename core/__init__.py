@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from .status import BaseTunerLayer, LoraLayer, ModulesToSaveWrapper, get_layer_status, get_model_status
     from .steps import TrainingState, after_step, load_training_state, penalty, training_state
     from .tasks import (
+        PeftMixedModel,
         PeftModelForCausalLM,
         PeftModelForFeatureExtraction,
         PeftModelForQuestionAnswering,
@@ -117,6 +118,7 @@ _HOME = {
     "Part": "combinations.registry",
     "PeftConfig": "config",
     "PeftError": "errors",
+    "PeftMixedModel": "tasks",
     "PeftModel": "model",
     "PeftModelForCausalLM": "tasks",
     "PeftModelForFeatureExtraction": "tasks",

@@ -353,13 +353,15 @@ def get_peft_model(
             "base_model_class": type(model).__name__,
             "parent_library": type(model).__module__,
         }
-    return _class_for(peft_config, PeftModel)(model, peft_config, adapter_name, autocast_adapter_dtype)
+    return _class_for(peft_config, PeftModel, mixed)(model, peft_config, adapter_name, autocast_adapter_dtype)
 
 
-def _class_for(config: PeftConfig, asked: type[PeftModel]) -> type[PeftModel]:
+def _class_for(config: PeftConfig, asked: type[PeftModel], mixed: bool = False) -> type[PeftModel]:
     """The class that is asked for, or where that is only `PeftModel`, the one of the config's task."""
-    from .tasks import TASKS
+    from .tasks import TASKS, PeftMixedModel
 
+    if mixed:
+        return PeftMixedModel
     return TASKS.get(config.task_type, asked) if asked is PeftModel else asked
 
 

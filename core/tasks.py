@@ -46,6 +46,10 @@ class PeftModelForFeatureExtraction(_TaskModel):
     """A model of hidden states."""
 
 
+class PeftMixedModel(PeftModel):
+    """PEFT's name for a model with adapters of several methods, which any model here may have."""
+
+
 TASKS: dict[Any, type[PeftModel]] = {
     TaskType.CAUSAL_LM: PeftModelForCausalLM,
     TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,

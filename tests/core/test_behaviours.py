@@ -133,7 +133,7 @@ def test_each_adapter_keeps_the_mode_it_was_loaded_in(saved, first, second):
 
 
 def test_two_active_adapters_train_if_each_was_loaded_for_training(saved):
-    if json.loads((saved / "adapter_config.json").read_text())["modules_to_save"]:
+    if json.loads((saved / "adapter_config.json").read_text()).get("modules_to_save"):
         pytest.skip("two copies of one module cannot both be active")
     model = PeftModel.from_pretrained(net(), saved, is_trainable=True)
     model.load_adapter(saved / "other", "other")

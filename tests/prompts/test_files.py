@@ -130,3 +130,12 @@ def test_every_task_has_pefts_class(model):
     tuned = ours("prompt", model)
     assert type(tuned).__name__ == expected
     assert tuned.prompt_encoder["default"].embedding.weight.shape[1] == 16
+
+
+def test_peft_s_mixed_model_is_one_of_any_methods():
+    config = veneer.LoraConfig(task_type="CAUSAL_LM", r=2)
+    tuned = veneer.get_peft_model(make("llama"), config, mixed=True)
+    assert isinstance(tuned, veneer.PeftMixedModel)
+    tuned.add_adapter("prompt", veneer.PromptTuningConfig(num_virtual_tokens=2))
+    tuned.set_adapter(["default", "prompt"])
+    assert tuned(**batch("llama")).logits.shape == (3, 7, 61)
