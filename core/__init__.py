@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from .eva import get_eva_state_dict, initialize_lora_eva_weights
     from .files import load_adapter, save_adapter
+    from .hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
     from .init.eva import EvaConfig
     from .init.loftq import LoftQConfig
     from .kbit import prepare_model_for_kbit_training, quantize_model
@@ -158,6 +159,8 @@ _HOME = {
     "get_peft_model": "model",
     "get_peft_model_state_dict": "model",
     "initialize_lora_eva_weights": "eva",
+    "hotswap_adapter": "hotswap",
+    "hotswap_adapter_from_state_dict": "hotswap",
     "inject_adapter_in_model": "model",
     "load_adapter": "files",
     "load_peft_weights": "model",
@@ -167,6 +170,7 @@ _HOME = {
     "on_deltas": "combinations.registry",
     "on_factors": "combinations.registry",
     "penalty": "steps",
+    "prepare_model_for_compiled_hotswap": "hotswap",
     "prepare_model_for_kbit_training": "kbit",
     "quantize_model": "kbit",
     "replace_lora_weights_loftq": "loftq",

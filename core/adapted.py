@@ -23,6 +23,7 @@ from .combine import Report, Sources, blend, find_combination
 from .config import PeftConfig
 from .errors import MergedError, PeftWarning
 from .layer import AdaptedLayer
+from .padding import pad, trim
 from .quantized import Rounding, warn_of_rounding
 from .replicate import replicated, restore_depth
 from .rows import Rows, cast
@@ -104,7 +105,7 @@ class AdaptedModel(nn.Module):
                 self.state.trainable.add(name)
             if not self.state.active and not self.state.merged:
                 self.state.choose((name,), self.state.enabled)
-        self._forget_stacks()
+        self.forget_stacks()
         for group in by_class(self.adapters(name)).values():
             next(iter(group.values())).listen(self.model, self.state, name)
         kind = getattr(config, "bias", "none")
@@ -156,7 +157,7 @@ class AdaptedModel(nn.Module):
             if name in layer.adapters:
                 layer.adapters[name].release()
                 del layer.adapters[name]
-        self._forget_stacks()
+        self.forget_stacks()
         self.trainability.held.pop(name, None)
         if not self.configs and self.state.replication:
             self._unwrap(lambda layer: layer.base_layer)
@@ -312,7 +313,8 @@ class AdaptedModel(nn.Module):
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The adapter's tensors under the names of its file, without prefix: `path.lora_A.weight`."""
-        return {key: tensor.detach() for key, tensor in self.held_tensors(name).items()}
+        held = {key: tensor.detach() for key, tensor in self.held_tensors(name).items()}
+        return trim(self.adapters(name), held)
 
     def held_tensors(self, name: str) -> dict[str, Tensor]:
         """As `tensors`, but the very parameters and buffers that the model holds."""
@@ -362,7 +364,8 @@ class AdaptedModel(nn.Module):
         Raises:
             ValueError: as `load`.
         """
-        found = self.adapters(name), self._biases(name)
+        adapters, tensors = pad(self.adapters(name), tensors)
+        found = adapters, self._biases(name)
         result = assign(name, tensors, *found, self.model, strict=strict, missing_ok=missing_ok)
         self.trainability.refresh(name)
         return result
@@ -545,7 +548,8 @@ class AdaptedModel(nn.Module):
             raise ValueError(f"Adapter {name} not found; this model has {list(self.configs)}")
         return name
 
-    def _forget_stacks(self) -> None:
+    def forget_stacks(self) -> None:
+        """Have all layers compose anew what runs."""
         for layer in self.layers.values():
             layer.forget()
 

@@ -30,6 +30,9 @@ from .config import PeftConfig
 from .errors import NotMergeableError
 from .sites import Site
 
+Scale = float | Tensor
+"""A factor: a tensor of no dimensions where it has to change without a compiled graph being made anew."""
+
 Slot = tuple[str, dict[str, Any], str]
 """A saved tensor: its name in the file, the module dict that holds it, its key there."""
 
@@ -88,6 +91,10 @@ class Adapter(nn.Module):
     """The method's own config class."""
     strength: float = 1.0
     """How much of the adapter is applied: 0 is the base layer, 1 the adapter as trained."""
+    true_shapes: dict[str, tuple[int, ...]] | None = None
+    """What is true of its saved tensors, by slot, where they are padded or stand for none ({}): see `padding.py`."""
+    paddable: ClassVar[bool] = False
+    """Whether zeros in the place of further ranks leave it as it is."""
     views: tuple[str, ...] = ()
     """Attributes that `AdaptedLayer` shows as dicts by adapter name, as PEFT's layers do."""
     common: nn.Module | None
@@ -133,6 +140,16 @@ class Adapter(nn.Module):
 
     def release(self) -> None:
         """Put the base layer back as it was, before the adapter is removed."""
+
+    def neutralise(self) -> None:
+        """Become the identity, in place."""
+        parts = [m for m in self.modules() if isinstance(m, Adapter)]
+        configs = [part.config for part in parts]
+        for part in parts:
+            part.config = part.config.identity()
+        self.reset()
+        for part, config in zip(parts, configs, strict=True):
+            part.config = config
 
     def forward(self, x: Tensor, inner: Inner) -> Tensor:
         """Output of the adapted layer."""
@@ -205,6 +222,13 @@ class Adapter(nn.Module):
     def load_training_state(self, state: dict[str, Tensor]) -> None:
         """Go on from what `training_state` gave, into the parameters that are there: an optimizer may hold them."""
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        scaling = self.__dict__.get("scaling")
+        if isinstance(scaling, Tensor):  # moves along, but stays as precise as it is
+            self.__dict__["scaling"] = scaling.to(fn(scaling).device)
+        return self
+
     def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module asks every value whether it is a parameter or a module; plain numbers are not, and there are many.
         if type(value) in _PLAIN:
@@ -269,23 +293,28 @@ class Branch(Adapter):
     The base's output dtype is the compute dtype: small factors are cast to it, activations never to float32.
     """
 
-    scaling: float = 1.0
+    scaling: Scale = 1.0
 
     def branch(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
     @property
-    def gain(self) -> float:
+    def gain(self) -> Any:
         """What the branch is multiplied by: its scaling times its strength. Setting it sets the strength."""
         return self.scaling * self.strength
 
     @gain.setter
     def gain(self, value: float) -> None:
-        self.strength = value / self.scaling
+        self.strength = float(value / self.scaling)
 
     def forward(self, x: Tensor, inner: Inner) -> Tensor:
         y = inner(x)
-        return torch.add(y, self.branch(cast(x, y.dtype)).to(y.dtype), alpha=self.gain)
+        return plus(y, self.branch(cast(x, y.dtype)).to(y.dtype), self.gain)
+
+
+def plus(y: Tensor, z: Tensor, gain: Scale) -> Tensor:
+    """``y + gain z``, in one kernel where the gain is a number."""
+    return torch.add(y, z, alpha=gain) if isinstance(gain, (int, float)) else y + gain * z
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -309,7 +338,7 @@ class Dense(Branch):
         return None
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return torch.add(weight, self.delta().to(weight.dtype), alpha=self.gain), bias
+        return plus(weight, self.delta().to(weight.dtype), self.gain), bias
 
     def branch(self, x: Tensor) -> Tensor:
         delta = self.delta()
@@ -317,7 +346,7 @@ class Dense(Branch):
 
     def row_norms(self, weight: Tensor) -> Tensor:
         """Norms (out,) of the rows of ``W + gain * delta()``, in float32 at least; for DoRA."""
-        return torch.add(wide(weight), wide(self.delta()), alpha=self.gain).norm(dim=1)
+        return plus(wide(weight), wide(self.delta()), self.gain).norm(dim=1)
 
 
 class Factored(Dense):
@@ -343,13 +372,18 @@ class Factored(Dense):
         b, a = self.factors()
         if a.dtype != y.dtype:
             a, b, x = a.to(y.dtype), b.to(y.dtype), cast(x, y.dtype)
-        if self.dropout and self.training:
+        if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
-        return self.site.accumulate(y, self.site.reduce(x, a), b, self.gain)
+        h, gain = self.site.reduce(x, a), self.gain
+        if isinstance(gain, (int, float)):
+            return self.site.accumulate(y, h, b, gain)
+        return self.site.accumulate(y, h * gain, b, 1.0)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         b, a = (f.to(weight.dtype) for f in self.factors())
-        return torch.addmm(weight, b, a, alpha=self.gain), bias
+        if isinstance(self.gain, (int, float)):
+            return torch.addmm(weight, b, a, alpha=self.gain), bias
+        return torch.addmm(weight, b * self.gain, a), bias
 
     @property
     def by_rows(self) -> bool:

@@ -10,11 +10,11 @@ import json
 import re
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum, StrEnum
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from . import defaults
 from .errors import PeftWarning
@@ -164,6 +164,11 @@ class PeftConfig:
     @property
     def is_adaption_prompt(self) -> bool:
         return self.peft_type == PeftType.ADAPTION_PROMPT
+
+    def identity(self) -> Self:
+        """This config with the initialisation that changes nothing at the start."""
+        names = (f.name for f in fields(self) if f.name.startswith("init_") and f.name.endswith("_weights"))
+        return replace(self, **dict.fromkeys(names, True))
 
     # ---------------------------------------------------------------- JSON
 

@@ -19,6 +19,7 @@ def handle_of(model: nn.Module) -> AdaptedModel:
     handle = getattr(model, "handle", None)
     if isinstance(handle, AdaptedModel):
         return handle
+    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     if not any(isinstance(m, AdaptedLayer) for m in model.modules()):
         raise ValueError(f"this {type(model).__name__} has no adapters")
     return AdaptedModel(model)

@@ -32,7 +32,8 @@ def stack_factors(factors: Sequence[tuple[Tensor, Tensor]], gains: Sequence[floa
 
 def groupable(site: Site, adapters: Sequence[Adapter]) -> bool:
     """Whether adapters may run as `GroupedFactors`, which then equal what they do alone."""
-    return site.pointwise and all(isinstance(a, Factored) and a.only_factors for a in adapters)
+    fit = (isinstance(a, Factored) and a.only_factors and isinstance(a.gain, (int, float)) for a in adapters)
+    return site.pointwise and all(fit)
 
 
 class GroupedFactors:
@@ -40,13 +41,10 @@ class GroupedFactors:
 
     def __init__(self, site: Site, adapters: dict[str, Any]):
         self.site, self.adapters = site, adapters
-        self.dropouts = {a.dropout for a in adapters.values()}
         self._kept: _Stacks | None = None
 
     def dropout(self) -> float | None:
         """That of all adapters now, or None if they differ and cannot run together."""
-        if self.dropouts == {0.0}:
-            return 0.0
         found = {a.dropout if a.training else 0.0 for a in self.adapters.values()}
         return found.pop() if len(found) == 1 else None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .adapter import Adapter, Dense, Inner, wide
 from .errors import MergedError
@@ -87,24 +88,27 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plan = self.state.plan
-        stack = self._stacks.get(plan)
-        if stack is None:
-            stack = self._compose(plan)
+        if is_compiling():  # what is remembered in the first call would have the second one compiled anew
+            stack = self._make(plan)
+        else:
+            stack = self._stacks.get(plan)
+            if stack is None:
+                stack = self._compose(plan)
         if len(args) == 1 and not kwargs:
             return stack(args[0])
-        return self._forward_general(plan, args, kwargs)
+        return self._forward_general(plan, stack, args, kwargs)
 
     def run(self, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer with these adapters, whatever the model's state."""
-        if names not in self._stacks:
-            self._compose(names)
-        return self._forward_general(names, args, kwargs)
+        return self._forward_general(names, self._stacks.get(names) or self._compose(names), args, kwargs)
 
     def _compose(self, plan: Names | None) -> Callable[..., Any]:
         """What runs for these adapters, or for rows, remembered: a call then looks nothing up."""
-        stack = Mixed(self) if plan is None else self._stack(plan, self.base_layer)
-        self._stacks[plan] = stack
+        stack = self._stacks[plan] = self._make(plan)
         return stack
+
+    def _make(self, plan: Names | None) -> Callable[..., Any]:
+        return Mixed(self) if plan is None else self._stack(plan, self.base_layer)
 
     def _stack(self, names: Names, module: Callable[..., Any]) -> Callable[..., Any]:
         here = [self.adapters[n] for n in names if n in self.adapters]
@@ -118,9 +122,10 @@ class AdaptedLayer(nn.Module):
             stack = Stacked(adapter, stack)
         return stack
 
-    def _forward_general(self, plan: Names | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _forward_general(
+        self, plan: Names | None, stack: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Called by keyword, or with arguments meant for the base layer."""
-        stack = self._stacks[plan]
         if plan is None or not isinstance(stack, Stacked):
             return stack(*args, **kwargs)
         if args:

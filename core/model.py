@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,12 @@ from .config import HEADS, PeftConfig, TaskType
 from .errors import PeftWarning
 from .files import load_adapter, read_config, read_weights, save_adapter
 from .handle import handle_of
+from .hotswap import hotswap as swap
+from .hotswap import prepare_model_for_compiled_hotswap
 from .hub import push
 from .initial import as_plain_lora
 from .methods import AdapterMethods, BaseTuner
+from .padding import trim
 from .prompts.layer import NAME as VIRTUAL_TOKENS
 from .prompts.layer import PromptLayer
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -100,14 +103,20 @@ class PeftModel(AdapterMethods, nn.Module):
         adapter_name: str,
         is_trainable: bool = False,
         autocast_adapter_dtype: bool | None = None,
+        hotswap: bool = False,
         **where: Any,
     ) -> LoadResult:
         """Load a further adapter beside those that are there. It becomes active only if none was.
+
+        With `hotswap` it takes the place of the adapter of that name, which keeps its activity: see `hotswap.py`.
 
         Raises:
             ValueError: no such adapter, or one that does not fit; nothing has changed then.
         """
         config, tensors = load_adapter(model_id, **_where(where))
+        if hotswap:
+            swap(self.handle, adapter_name, config, tensors)
+            return LoadResult([], [])
         return self._load(adapter_name, config, tensors, is_trainable, autocast_adapter_dtype)
 
     def _load(
@@ -214,6 +223,12 @@ class PeftModel(AdapterMethods, nn.Module):
     def get_model_status(self) -> TunerModelStatus:
         """The state of all adapters together."""
         return get_model_status(self.base_model)
+
+    def enable_peft_hotswap(
+        self, target_rank: int = 128, check_compiled: Literal["error", "warn", "ignore"] = "error"
+    ) -> None:
+        """Before compiling: let `load_adapter(hotswap=True)` change ranks, up to `target_rank`, and scales."""
+        prepare_model_for_compiled_hotswap(self, target_rank=target_rank, check_compiled=check_compiled)
 
     # ---------------------------------------------------------------- the model
 
@@ -389,7 +404,8 @@ def get_peft_model_state_dict(
         return {name_of(key): tensor for key, tensor in handle.tensors(adapter_name).items()}
     live_names = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
     held = handle.held_tensors(adapter_name)
-    return {name_of(key): state_dict[live_names[id(tensor)]] for key, tensor in held.items()}
+    given = {key: state_dict[live_names[id(tensor)]] for key, tensor in held.items()}
+    return {name_of(key): tensor for key, tensor in trim(handle.adapters(adapter_name), given).items()}
 
 
 def set_peft_model_state_dict(

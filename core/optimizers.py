@@ -109,7 +109,7 @@ def create_lorafa_optimizer(
         b, a = lora.held_factors()
         if b.requires_grad:
             a.requires_grad_(False)
-            pairs[b] = a, lora.scaling
+            pairs[b] = a, float(lora.scaling)
     if not pairs:
         raise ValueError("no active adapter of this model is a LoRA in training: LoRA-FA has nothing to optimise")
     trained = [p for p in model.parameters() if p.requires_grad]

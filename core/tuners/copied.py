@@ -31,5 +31,8 @@ class Copied(Adapter):
     def reset(self) -> None:
         """It starts as its module."""
 
+    def neutralise(self) -> None:
+        self.module.load_state_dict(plain(whole_copy(self.site.module)).state_dict())
+
     def slots(self) -> Iterator[Slot]:
         return ((name.removeprefix("module."), held, key) for name, held, key in super().slots())

@@ -56,12 +56,16 @@ class DoRA(Adapter):
         return self.direction.row_norms(weight)
 
     @property
-    def scaling(self) -> float:
+    def paddable(self) -> bool:  # type: ignore[override]
+        return self.direction.paddable
+
+    @property
+    def scaling(self) -> Any:
         """The direction's scale."""
         return self.direction.scaling
 
     @scaling.setter
-    def scaling(self, value: float) -> None:
+    def scaling(self, value: Any) -> None:
         self.direction.scaling = value
 
     def reset(self) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import Factor, Folded, Inner, kaiming_, method
+from ..adapter import Factor, Folded, Inner, kaiming_, method, plus
 from ..config import PeftType, RankedConfig
 from ..sites import Site
 
@@ -31,6 +31,7 @@ class GLoraConfig(RankedConfig):
 
 @method(GLoraConfig)
 class GLoRA(Folded):
+    paddable = True
     views = ("a1", "a2", "b1", "b2", "r", "alpha")
 
     def __init__(self, config: GLoraConfig, site: Site, path: str, device: torch.device, dtype: torch.dtype):
@@ -65,5 +66,5 @@ class GLoRA(Folded):
         if not self.site.pointwise:
             return super().forward(x, inner)
         a1, a2, b1, b2 = self.matrices(x.dtype)
-        y = inner(torch.add(x, F.linear(F.linear(x, a2), a1), alpha=self.scaling))
-        return torch.add(y, F.linear(F.linear(x, b2), b1).to(y.dtype), alpha=self.scaling)
+        y = inner(plus(x, F.linear(F.linear(x, a2), a1), self.scaling))
+        return plus(y, F.linear(F.linear(x, b2), b1).to(y.dtype), self.scaling)

@@ -64,7 +64,7 @@ class LoHa(Lycoris):
         tile.add_((b1[rows] @ a1).mul_(b2[rows] @ a2), alpha=self.gain)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        out, cols, k = self.site.out, self.site.cols, self.r**2
+        out, cols, k = self.site.out, self.site.cols, self.hada_w1_a.shape[1] ** 2
         if self.tucker or k * (out + cols) >= out * cols:
             return None
         b = self.hada_w1_a[:, :, None] * self.hada_w2_a[:, None, :]  # (out, r, r)

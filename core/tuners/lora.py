@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Factor, Factored, Inner, kaiming_, method
+from ..adapter import Adapter, Factor, Factored, Inner, kaiming_, method, plus
 from ..config import PeftConfig, PeftType, RankedConfig
 from ..init import Start, find_initialisation
 from ..init.eva import EvaConfig
@@ -162,6 +162,7 @@ def lora_config(like: PeftConfig, ranks: dict[str, int]) -> LoraConfig:
 
 @method(LoraConfig)
 class LoRA(Factored):
+    paddable = True
     views = (
         "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "scaling", "r", "lora_alpha", "lora_dropout",
     )  # fmt: skip
@@ -273,7 +274,7 @@ class LoRA(Factored):
     def forward(self, x: Tensor, inner: Inner) -> Tensor:
         y = super().forward(x, inner)
         if self.config.lora_bias:
-            y = torch.add(y, self.site.along_output(self.lora_B.bias.to(y.dtype)), alpha=self.gain)
+            y = plus(y, self.site.along_output(self.lora_B.bias.to(y.dtype)), self.gain)
         return y
 
     @property

@@ -38,6 +38,7 @@ class Lycoris(Dense):
 
     views = ("scaling", "r", "alpha", "rank_dropout", "module_dropout")
     rescale_rank_dropout = True
+    paddable = True
 
     def __init__(self, config: LycorisConfig, site: Site, path: str, device: torch.device, dtype: torch.dtype):
         super().__init__(config, site, path, device, dtype)
