@@ -49,26 +49,38 @@ def test_accelerate_prepares_and_unwraps():
     assert accelerator.unwrap_model(prepared) is model
 
 
-DDP = """
-import sys, torch, veneer
+WORKER = """
+import sys, torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from tests.text.test_works_with import TOKENS, adapted
-dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
-model = adapted()
-wrapped = torch.nn.parallel.DistributedDataParallel(model)
-wrapped(input_ids=TOKENS[dist.get_rank()][None], labels=TOKENS[dist.get_rank()][None]).loss.backward()
-if dist.get_rank() == 0:
-    torch.save([p.grad for p in model.parameters() if p.requires_grad], sys.argv[3])
+meet, rank, out, how = sys.argv[1:]
+rank = int(rank)
+dist.init_process_group("gloo", init_method="file://" + meet, rank=rank, world_size=2)
+model = wrapped = adapted("dora")
+if how == "DDP":
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+else:
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+wrapped(input_ids=TOKENS[rank][None], labels=TOKENS[rank][None]).loss.backward()
+grads = [p.grad for p in model.parameters() if p.requires_grad]
+grads = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+if rank == 0:
+    torch.save(grads, out)
 dist.destroy_process_group()
 """
 
 
-def test_two_processes_share_their_gradients(tmp_path):
+@pytest.mark.parametrize("how", ["DDP", "FSDP2"])
+def test_two_processes_share_their_gradients(how, tmp_path):
     root = Path(__file__).parents[2]
-    start = [sys.executable, "-c", DDP, str(tmp_path / "meet")]
-    others = [subprocess.Popen([*start, str(rank), str(tmp_path / "grads")], cwd=root) for rank in (0, 1)]
-    assert [other.wait(timeout=120) for other in others] == [0, 0]
-    model = adapted()
+    start = [sys.executable, "-c", WORKER, str(tmp_path / "meet")]
+    others = [subprocess.Popen([*start, str(rank), str(tmp_path / "grads"), how], cwd=root) for rank in (0, 1)]
+    assert [other.wait(timeout=180) for other in others] == [0, 0]
+    model = adapted("dora")
     model(input_ids=TOKENS, labels=TOKENS).loss.backward()
     expected = [p.grad for p in model.parameters() if p.requires_grad]
     for got, want in zip(torch.load(tmp_path / "grads"), expected, strict=True):
