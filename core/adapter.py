@@ -89,6 +89,9 @@ class Adapter(nn.Module):
 
     config: Any
     """The method's own config class."""
+    by_name: ClassVar[bool] = False
+    """Whether it changes parameters of its module by their names, whatever they are (`fold_parameters`), rather than
+    the weight and bias of a layer."""
     strength: float = 1.0
     """How much of the adapter is applied: 0 is the base layer, 1 the adapter as trained."""
     true_shapes: dict[str, tuple[int, ...]] | None = None
@@ -161,6 +164,10 @@ class Adapter(nn.Module):
         Raises:
             NotMergeableError: as `check_mergeable`.
         """
+        raise NotImplementedError
+
+    def fold_parameters(self, stored: dict[str, Any]) -> dict[str, Tensor]:
+        """What `fold` is for adapters `by_name`: the changed ones of a module's parameters, in float32 at least."""
         raise NotImplementedError
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from .layer import AdaptedLayer
 from .prompts.layer import PromptLayer, prompt_layer
 from .quantized import quantized_sites
 from .state import State
-from .targets import Place, base_of, input_embedding, inside, near, select
+from .targets import Place, base_of, check_patterns, input_embedding, inside, near, select, select_parameters
 from .ties import tied_to
 from .tuners.copied import Copied
 from .tuners.tokens import Tokens
@@ -63,7 +64,11 @@ def build_adapters(
     adapted = [path for path, place in places.items() if isinstance(place.module, AdaptedLayer)]
     quantized_sites(p.module for p in places.values() if not isinstance(p.module, AdaptedLayer))  # settles them all
     built: list[Built] = []
-    chosen = [] if config.prompts else select(model, config, places, strict)
+    parameters = select_parameters(model, config, places)
+    only_these = config.prompts or (parameters and not config.target_modules)
+    chosen = [] if only_these else select(model, config, places)
+    named = [f"{place.path}.{name}" for place, names in parameters for name in names]
+    check_patterns(config, [*(place.path for place in chosen), *named], strict)
     whole = whole_modules(model, config, places, adapted)
     if config.prompts:
         place, prompts = prompt_layer(model, places, state)
@@ -71,6 +76,11 @@ def build_adapters(
     for place in chosen:
         layer = _layer_at(place, state)
         built.append((place, layer, _build(config, layer, place.path, autocast, initialise)))
+    for place, names in parameters:
+        layer = _layer_at(place, state)
+        if any(place is other for other in chosen):
+            raise ValueError(f"{place.path} is in target_modules, and {names} of it in target_parameters: choose one")
+        built.append((place, layer, _build(config, layer, place.path, autocast, initialise, names)))
     built += _tokens(model, config, places, built, state, autocast, initialise)
     _share({place.path: adapter for place, _, adapter in built})
     _initialise([(layer, adapter) for _, layer, adapter in built], initialise)
@@ -84,9 +94,19 @@ def _layer_at(place: Place, state: State) -> AdaptedLayer:
     return place.module if isinstance(place.module, AdaptedLayer) else AdaptedLayer(place.module, state, place.path)
 
 
-def _build(config: PeftConfig, layer: AdaptedLayer, path: str, autocast: bool, initialise: bool) -> Adapter:
+def _build(
+    config: Any, layer: AdaptedLayer, path: str, autocast: bool, initialise: bool, parameters: list[str] | None = None
+) -> Adapter:
     """An adapter on its layer's device: in float32 over half precision (`autocast`), else in the layer's dtype."""
-    return config.build(layer.site, path, *_place_of(layer, autocast, initialise))
+    place = _place_of(layer, autocast, initialise)
+    other = next((name for name, a in layer.adapters.items() if a.by_name != (parameters is not None)), None)
+    if other is not None:
+        raise ValueError(
+            f"{path} has adapter {other!r} already, and one of both is by target_parameters: they cannot share a module"
+        )
+    if parameters is not None:
+        return config.build_parameters(layer.site, path, parameters, *place)
+    return config.build(layer.site, path, *place)
 
 
 def _place_of(layer: AdaptedLayer, autocast: bool, initialise: bool) -> tuple[torch.device, torch.dtype]:

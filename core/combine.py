@@ -134,6 +134,10 @@ class Sources:
             if not isinstance(place.module, AdaptedLayer):
                 continue
             here = [Part(found[path], place.module, at[path]) for found, at in resolved if path in found]
+            if any(part.adapter.by_name for part in here):
+                raise ValueError(
+                    f"{path} has adapters of bare parameters (target_parameters), which cannot be combined"
+                )
             whole = [part for part in here if part.adapter.whole is not None]
             if whole and len(whole) < len(here):
                 raise ValueError(

@@ -77,8 +77,26 @@ PEFT_FILE_VERSION = "0.21.2"
 """The release of `peft` whose file format is written."""
 
 
+class _Options(type):
+    """Makes constructors take every option that PEFT's config has: one that cannot be honoured is refused by name when
+    it is set, and dropped when it is empty, as are those that say nothing about the adapter."""
+
+    later: frozenset[str]
+    ignored: frozenset[str]
+    why_not: dict[str, str]
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        refused = sorted(name for name in cls.later if options.get(name))
+        if refused:
+            reasons = "".join(f"; {name}: {cls.why_not[name]}" for name in refused if name in cls.why_not)
+            raise ValueError(f"{cls.__name__}: {', '.join(refused)} cannot be honoured by this release{reasons}")
+        own = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        unread = (cls.later | cls.ignored) - own
+        return super().__call__(*args, **{name: value for name, value in options.items() if name not in unread})
+
+
 @dataclass
-class PeftConfig:
+class PeftConfig(metaclass=_Options):
     """Options that every method shares."""
 
     task_type: TaskType | str | None = None
@@ -112,6 +130,8 @@ class PeftConfig:
     """Whether the default target is the model's input embedding."""
     later: ClassVar[frozenset[str]] = frozenset()
     """Fields of PEFT's config that this release cannot honour: refused when set, dropped when empty."""
+    why_not: ClassVar[dict[str, str]] = {}
+    """Reasons, by option, where there is more to say than that nobody has built it."""
     ignored: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
     """Fields of PEFT's config that say nothing about the adapter."""
 
@@ -201,9 +221,6 @@ class PeftConfig:
         values = dict(values)
         config_class = cls if "adapter_class" in vars(cls) else config_class_for(values.get("peft_type"))
         known = {f.name for f in fields(config_class) if f.init}
-        refused = sorted(k for k in config_class.later if values.get(k))
-        if refused:
-            raise ValueError(f"{config_class.__name__}: {', '.join(refused)} cannot be honoured by this release")
         unknown = sorted(values.keys() - known - config_class.later - config_class.ignored)
         if unknown:
             warnings.warn(
@@ -212,7 +229,8 @@ class PeftConfig:
                 PeftWarning,
                 stacklevel=2,
             )
-        return config_class(**{k: v for k, v in values.items() if k in known - config_class.ignored})
+        values = {k: v for k, v in values.items() if k in known | config_class.later}
+        return config_class(**{k: v for k, v in values.items() if k not in config_class.ignored})
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> dict[str, Any]:

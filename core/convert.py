@@ -70,6 +70,9 @@ def save_as_lora(
 
 def _converted(model: nn.Module, rank: int | float | None, name: str, progressbar: bool) -> Blend:
     handle = _handle(model)
+    named = next((path for path, adapter in handle.adapters(name).items() if adapter.by_name), None)
+    if named is not None:
+        raise ValueError(f"{named} has adapters of bare parameters (target_parameters): they are no LoRA of a layer")
     if rank is None:
         _check_exact(handle, name)
         return blend(handle, [name], [1.0], "cat", progressbar=progressbar)

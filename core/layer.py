@@ -145,7 +145,11 @@ class AdaptedLayer(nn.Module):
     def check_merge(self, names: Names, path: str) -> None:
         """Raise `ValueError` if merging these adapters would make the weights NaN or infinite in their own dtype."""
         new, dtype = self.to_merge(names), self.site.place[1]
-        weight, bias = self._folded(*self._to_fold(new))
+        stored, adapters = self._to_fold(new)
+        if adapters[0].by_name:
+            weight, bias = torch.cat([t.flatten() for t in self._folded_by_name(stored, adapters).values()]), None
+        else:
+            weight, bias = self._folded(stored, adapters)
         if not all(t is None or t.to(dtype).isfinite().all() for t in (weight, bias)):
             raise ValueError(f"NaNs detected in the merged weights of {path}. The adapter {new[-1]} seems to be broken")
 
@@ -180,6 +184,12 @@ class AdaptedLayer(nn.Module):
         if not new:
             return
         stored, adapters = self._to_fold(new)
+        if adapters[0].by_name:
+            for name, tensor in self._folded_by_name(stored, adapters).items():
+                self._put(name, tensor.to(stored[name].dtype), keep, in_place)
+            self.merged_adapters.extend(new)
+            self.forget()
+            return
         in_place = in_place and not self.site.coarse and stored["weight"] is self.site.stored()["weight"]
         if in_place and len(new) > 1 and stored["weight"].itemsize >= 4:  # nothing is rounded in between
             for name in new:
@@ -198,6 +208,13 @@ class AdaptedLayer(nn.Module):
                 self._put("bias", bias.to(self.site.place[1] if old_bias is None else old_bias.dtype), keep, in_place)
         self.merged_adapters.extend(new)
         self.forget()
+
+    @staticmethod
+    def _folded_by_name(stored: dict[str, Any], adapters: list[Adapter]) -> dict[str, Tensor]:
+        changed: dict[str, Tensor] = {}
+        for adapter in adapters:
+            changed |= adapter.fold_parameters({**stored, **changed})
+        return changed
 
     def _folded_by_rows(self, old: Tensor, adapters: list[Adapter], in_place: bool) -> Tensor:
         """The stored weight `old` with adapters folded in, over itself or as a new tensor: one tile of rows at a time,

@@ -34,7 +34,7 @@ class Mixed:
         self._adapters = adapters
         self.here = tuple(name for name in adapters if name in layer.adapters)
         found = {name: layer.adapters[name] for name in self.here}
-        self.whole = any(a.whole is not None for a in found.values())
+        self.whole = any(a.whole is not None or a.by_name for a in found.values())
         grouped = bool(found) and groupable(layer.site, list(found.values()))
         self.grouped = GroupedFactors(layer.site, found) if grouped else None
 

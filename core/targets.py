@@ -89,14 +89,14 @@ def layer_filter(config: PeftConfig) -> Callable[[str], bool]:
     return chosen_layer
 
 
-def select(model: nn.Module, config: PeftConfig, places: dict[str, Place], strict: bool = False) -> list[Place]:
+def select(model: nn.Module, config: PeftConfig, places: dict[str, Place]) -> list[Place]:
     """The places that `config` targets, each of an adaptable kind.
 
     Resolves `config.target_modules` on the way ("all-linear", the model type's default, a long list), as PEFT does.
 
     Raises:
         NoMatchingPeftModuleError: nothing matches.
-        ValueError: a matched module is of a kind that cannot be adapted; with `strict`, an unused pattern key.
+        ValueError: a matched module is of a kind that cannot be adapted.
     """
     excluded, saved = matcher(config.exclude_modules), inside(config.modules_to_save)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
@@ -123,8 +123,32 @@ def select(model: nn.Module, config: PeftConfig, places: dict[str, Place], stric
             raise ValueError(f"{place.path}: a {type(base).__name__} cannot be adapted: {why_not(base)}")
     if isinstance(config.target_modules, set) and len(config.target_modules) > CONDENSE_ABOVE:
         config.target_modules = condense([p.path for p in chosen], places)
-    check_patterns(config, [p.path for p in chosen], strict)
     return chosen
+
+
+def select_parameters(model: nn.Module, config: PeftConfig, places: dict[str, Place]) -> list[tuple[Place, list[str]]]:
+    """The modules that hold parameters of `config.target_parameters`, with the names of these.
+
+    Raises:
+        NoMatchingPeftModuleError: one of the targets matches nothing.
+    """
+    targets = getattr(config, "target_parameters", None) or []
+    found: list[tuple[Place, list[str]]] = []
+    used: set[str] = set()
+    for path, place in places.items():
+        names = []
+        for name in base_of(place.module)._parameters:
+            matching = [t for t in targets if f".{path}.{name}".endswith(f".{t}")]
+            used.update(matching)
+            names += [name] if matching else []
+        if names:
+            found.append((place, names))
+    unused = sorted(set(targets) - used)
+    if unused:
+        known = {f"{path}.{name}" for path, place in places.items() for name in base_of(place.module)._parameters}
+        message = f"target_parameters={unused} matches no parameter of {type(model).__name__}"
+        raise NoMatchingPeftModuleError(message + near(unused, known))
+    return found
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -181,7 +205,7 @@ def check_patterns(config: PeftConfig, paths: list[str], strict: bool) -> None:
         message = f"The following {name} keys did not match any targeted module and were ignored: {unused}."
         if strict:
             raise ValueError(message.replace(" and were ignored", "") + near(unused, paths))
-        warnings.warn(message, RuntimeWarning, stacklevel=5)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def near(names: Iterable[str], paths: Iterable[str]) -> str:

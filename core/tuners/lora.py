@@ -28,6 +28,7 @@ from ..init.loftq import LoftQConfig
 from ..kept import Kept
 from ..sites import Embedding, Site
 from .dora import OptionalDora
+from .parameters import ParameterLoRA, check_parameters
 
 
 @dataclass
@@ -67,6 +68,9 @@ class LoraConfig(OptionalDora, RankedConfig):
     share the base weights and have adapters of their own (see `core/replicate.py`)."""
     alora_invocation_tokens: list[int] | None = None
     """Token ids from whose last occurrence in a row on the adapter is on (see `alora.py`); None for all tokens."""
+    target_parameters: list[str] | None = None
+    """Bare parameters to adapt, by dotted suffix ("experts.down_proj"): matrices, or stacks of them as experts have
+    (see `parameters.py`). Without `target_modules` only these are."""
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     """How to compute, on this machine; never saved."""
     lora_bias: bool = False
@@ -80,10 +84,16 @@ class LoraConfig(OptionalDora, RankedConfig):
         {
             "arrow_config", "corda_config", "ensure_weight_tying",
             "kasa_config", "lora_ga_config", "megatron_config",
-            "monteclora_config", "target_parameters", "use_bdlora", "use_qalora",
+            "monteclora_config", "use_bdlora", "use_qalora",
             "velora_config",
         }
     )  # fmt: skip
+    why_not: ClassVar[dict[str, str]] = {
+        "corda_config": "its start comes from data, and no file holds it: 'pissa' or 'eva' come near",
+        "lora_ga_config": "its start comes from gradients, and no file holds it: 'pissa' or 'eva' come near",
+        "megatron_config": "the parallel layers of Megatron are no layers that are known here",
+        "use_qalora": "it is for GPTQ's layers, which are not known here",
+    }
     ignored: ClassVar[frozenset[str]] = frozenset({"runtime_config", "megatron_core", "qalora_group_size"})
 
     def __post_init__(self) -> None:
@@ -107,6 +117,8 @@ class LoraConfig(OptionalDora, RankedConfig):
             raise ValueError(f"lora_bias=True goes only with a plain start, not {self.init_lora_weights!r}")
         if self.alora_invocation_tokens is not None:
             self._check_invocation()
+        if self.target_parameters:
+            check_parameters(self)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout} is not a probability below 1")
 
@@ -126,6 +138,12 @@ class LoraConfig(OptionalDora, RankedConfig):
         from .alora import ALoRA
 
         return ALoRA(self, site, path, device, dtype)
+
+    def build_parameters(
+        self, site: Site, path: str, names: list[str], device: torch.device, dtype: torch.dtype
+    ) -> Adapter:
+        """The adapter of a module's parameters `names`."""
+        return ParameterLoRA(self, site, path, device, dtype, names)
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()

@@ -1,5 +1,6 @@
 """Adapter directories: written whole or not at all, read strictly, never unpickled."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import huggingface_hub
+import peft
 import pytest
 import safetensors.torch
 import torch
@@ -233,6 +235,15 @@ def test_options_that_cannot_be_honoured_are_refused_by_name(saved, read, name):
     change_config(saved, **{name: {"x": 1}})
     with pytest.raises(ValueError, match=rf"LoraConfig: {name} cannot be honoured"):
         read(saved)
+
+
+@pytest.mark.parametrize("name", sorted(f.name for f in dataclasses.fields(peft.LoraConfig)))
+def test_every_option_of_pefts_lora_is_honoured_or_refused_by_name(name):
+    default = getattr(peft.LoraConfig(), name)
+    LoraConfig(**{name: default})
+    if name in LoraConfig.later:
+        with pytest.raises(ValueError, match=rf"LoraConfig: {name} cannot be honoured"):
+            LoraConfig(**{name: {"x": 1}})
 
 
 @every_reader
