@@ -19,7 +19,13 @@ from veneer.core.steps import penalty
 from ..core.conftest import SETTINGS
 from .conftest import tiny_llama
 
-WITHOUT_TARGETS: set[str] = set()
+PROMPTS = {
+    "PROMPT_TUNING": {"num_virtual_tokens": 3},
+    "P_TUNING": {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
+    "PREFIX_TUNING": {"num_virtual_tokens": 3},
+}
+"""Methods without target modules. Multitask prompts are told their tasks by a `PeftModel`'s forward only."""
+METHODS = [m.value for m in config_classes() if m.value != "MULTITASK_PROMPT_TUNING"]
 RANDOM = LoraConfig(r=2, init_lora_weights=False)
 
 
@@ -166,10 +172,10 @@ def test_a_copy_is_a_model_of_its_own(model, tokens, through):
     assert list(model.peft_config) == ["a"]
 
 
-@pytest.mark.parametrize("method", [m.value for m in config_classes()])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_through_a_file_and_into_the_weights(method, model, llama_directory, tokens, tmp_path):
-    targets = {} if method in WITHOUT_TARGETS else {"target_modules": ["q_proj", "down_proj"]}
-    model.add_adapter(config_classes()[method](**SETTINGS[method][0] | targets), "a")
+    options = PROMPTS.get(method) or SETTINGS[method][0] | {"target_modules": ["q_proj", "down_proj"]}
+    model.add_adapter(config_classes()[method](**options), "a")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
