@@ -6,23 +6,29 @@ there is to know; what transformers itself looks at (`peft_config`, `_hf_peft_co
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.assign import LoadResult
 from ..core.config import PeftConfig, get_peft_config
+from ..core.errors import PeftWarning
 from ..core.files import load_adapter as read_adapter
+from ..core.hotswap import hotswap as swap
+from ..core.hotswap import prepare_model_for_compiled_hotswap
 from ..core.methods import AdapterMethods
 from ..core.model import PeftModel, _where, get_peft_model_state_dict
 from ..core.steps import penalty
 
 _UNNEEDED = {"device_map", "max_memory", "offload_index", "load_config"}
 """Options of transformers that change no result: tensors go to the device of their layer, without a detour."""
+_TARGET_RANK = "_adapter_target_rank"
+"""Attribute of a model that says up to which rank its adapters are to be swapped."""
 _PUSHING = ("commit_message", "private", "token", "revision", "create_pr", "tags")
 """Options of `save_pretrained(push_to_hub=True)` that are the hub's."""
 
@@ -54,6 +60,7 @@ def load_adapter(
     peft_config: PeftConfig | dict[str, Any] | None = None,
     adapter_state_dict: dict[str, Tensor] | None = None,
     is_trainable: bool = False,
+    hotswap: bool | Literal["auto"] = "auto",
     adapter_kwargs: dict[str, Any] | None = None,
     **options: Any,
 ) -> LoadResult:
@@ -61,6 +68,8 @@ def load_adapter(
 
     Arguments:
         adapter_name: None means "default".
+        hotswap: put it in the place of the adapter of that name, so that a compiled model is not compiled anew; "auto"
+            does so for a name that is there, after `enable_peft_hotswap`.
         adapter_kwargs: where to read: `subfolder`, `revision`, `token`, `cache_dir`, `force_download`,
             `local_files_only`; `options` may say the same.
 
@@ -70,12 +79,45 @@ def load_adapter(
     options = {key: value for key, value in options.items() if key not in _UNNEEDED} | (adapter_kwargs or {})
     peft = PeftModel.of(model)
     name = adapter_name or "default"
-    if name in peft.peft_config:
+    exists, target_rank = name in peft.peft_config, vars(model).get(_TARGET_RANK)
+    swapped = exists and target_rank is not None if hotswap == "auto" else hotswap
+    if swapped and not exists:
+        raise ValueError("To hotswap an adapter, there must already be an existing adapter with the same adapter name.")
+    if exists and not swapped:
         raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
     config, tensors = _given(peft_model_id, peft_config, adapter_state_dict, _where(options))
+    if swapped:
+        swap(peft.base_model, name, config, tensors)
+        return LoadResult([], [])
+    first = not peft.peft_config
     result = peft._load(name, config, tensors, is_trainable)
+    if first and target_rank is not None:
+        prepare_model_for_compiled_hotswap(model, target_rank=target_rank, check_compiled="ignore")
     _welcome(peft, name)
     return result
+
+
+def enable_peft_hotswap(
+    model: nn.Module, target_rank: int = 128, check_compiled: Literal["error", "warn", "ignore"] = "error"
+) -> None:
+    """Before the first adapter: prepare it, when it is loaded, for others of up to `target_rank` in its place.
+
+    Arguments:
+        check_compiled: what to do if the model has adapters already, and may be compiled.
+
+    Raises:
+        RuntimeError: it has, and that is to be an error.
+    """
+    if check_compiled not in ("error", "warn", "ignore"):
+        raise ValueError(f"check_compiled should be one of 'error', 'warn', or 'ignore', got {check_compiled!r}")
+    if has_adapters(model) and check_compiled != "ignore":
+        message = "Call `enable_peft_hotswap` before loading the first adapter."
+        if check_compiled == "error":
+            raise RuntimeError(message)
+        warnings.warn(message, PeftWarning, stacklevel=2)
+    if has_adapters(model):
+        prepare_model_for_compiled_hotswap(model, target_rank=target_rank, check_compiled="ignore")
+    vars(model)[_TARGET_RANK] = target_rank
 
 
 def _given(
@@ -209,7 +251,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     verb.__name__: verb
     for verb in (
         *(add_adapter, load_adapter, set_adapter, enable_adapters, disable_adapters, active_adapters, active_adapter),
-        *(get_adapter_state_dict, delete_adapter),
+        *(get_adapter_state_dict, delete_adapter, enable_peft_hotswap),
         *map(_shared, ("add_weighted_adapter", "merge_adapter", "unmerge_adapter", "merge_and_unload", "unload")),
         *map(_shared, ("disable_adapter", "set_requires_grad", "update_and_allocate")),
     )

@@ -317,3 +317,22 @@ def test_what_a_method_adds_to_the_loss_is_added(model, tokens, monkeypatch):
     torch.testing.assert_close(model(tokens, labels=tokens).loss, plain + 1.5)
     model.delete_adapter(["a", "b"])
     torch.testing.assert_close(model(tokens, labels=tokens).loss, plain)
+
+
+class TestHotswap:
+    @pytest.fixture
+    def files(self, llama_directory, tmp_path):
+        for rank in (2, 4):
+            maker = text.attach(LlamaForCausalLM.from_pretrained(llama_directory))
+            maker.add_adapter(LoraConfig(r=rank, lora_alpha=3 * rank + 1, init_lora_weights=False))
+            maker.save_pretrained(tmp_path / str(rank))
+        return tmp_path / "2", tmp_path / "4"
+
+    def test_mistakes_say_what_to_do(self, model, files):
+        with pytest.raises(ValueError, match="already be an existing adapter"):
+            model.load_adapter(files[0], hotswap=True)
+        model.load_adapter(files[0])
+        with pytest.raises(ValueError, match="already exists"):
+            model.load_adapter(files[0])
+        with pytest.raises(RuntimeError, match="before loading the first adapter"):
+            model.enable_peft_hotswap()
