@@ -147,6 +147,14 @@ class Sources:
             if here:
                 (self.copies if whole else self.parts)[path] = here
 
+    def averages(self) -> dict[str, Tensor]:
+        """The tensors of the modules trained whole, combined, by the names of files.
+
+        Raises:
+            ValueError: some have no average.
+        """
+        return {f"{p}.{key}": t for p, copies in self.copies.items() for key, t in _average(p, copies).items()}
+
 
 def _with_rank(combination: Combination, layers: Mapping[str, list[Part]], options: dict[str, Any]) -> dict[str, Any]:
     """`options` with a rank to cut to: without one, the largest rank of the adapters."""
@@ -185,9 +193,7 @@ def _packed(
         assert isinstance(lora, LoRA)
         lora.set_factors(low.b, low.a, biases.get(path))
         tensors |= {f"{path}.{key}": held[name] for key, held, name in lora.slots()}
-    for path, parts in found.copies.items():
-        tensors |= {f"{path}.{key}": tensor for key, tensor in _average(path, parts).items()}
-    return Blend(config, tensors, _report(combined))
+    return Blend(config, tensors | found.averages(), _report(combined))
 
 
 def _report(combined: Mapping[str, LowRank]) -> Report:

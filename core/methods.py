@@ -13,6 +13,7 @@ from .adapted import AdaptedModel
 from .combine import find_combination
 from .config import PeftConfig
 from .errors import PeftWarning
+from .prompts.blend import add_prompts, has_prompts
 from .steps import after_step, penalty
 from .vectors import add_vectors, are_vectors
 from .weights import Weight
@@ -90,7 +91,8 @@ class AdapterMethods:
         """Add an adapter that is a weighted combination of others, by any of `combination_types()`.
 
         Without a `combination_type`, IA3 adapters become an IA3 adapter, whose vectors are the weighted sum of theirs,
-        and others a LoRA by "svd".
+        prompts a prompt, by "linear", and others a LoRA by "svd". Prompts also take "cat", which puts their tokens one
+        after the other.
 
         options: those beyond PEFT's, `max_error` or `seed` for example. `svd_full_matrices` changes no result, and is
         not needed. A name that exists already is left as it is, as in PEFT. `AdaptedModel.combine` does the same and
@@ -106,6 +108,9 @@ class AdapterMethods:
             "majority_sign_method": None if majority_sign_method == "total" else majority_sign_method,
         }
         options |= {key: value for key, value in given.items() if value is not None}
+        if has_prompts(self.handle, adapters):
+            add_prompts(self.handle, adapters, weights, adapter_name, combination_type or "linear", **options)
+            return
         if combination_type is None and not options and are_vectors(self.handle, adapters):
             add_vectors(self.handle, adapters, weights, adapter_name)
             return

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .adapted import AdaptedModel
 from .adapter import wide
-from .tuners.ia3 import IA3, IA3Config
-from .weights import Weight, resolve
+from .combine import Sources
+from .tuners.ia3 import IA3Config
+from .weights import Weight
 
 
 def are_vectors(handle: AdaptedModel, names: Iterable[str]) -> bool:
@@ -29,20 +30,17 @@ def add_vectors(handle: AdaptedModel, names: Sequence[str], weights: Sequence[We
         ValueError: adapters that scale different sides of one layer, or that train modules whole; a count of weights
             that is not that of the adapters. Nothing has changed then.
     """
-    if len(weights) != len(names) or not names:
-        raise ValueError(f"{len(names)} adapters were given, and {len(weights)} weights")
     configs: list[Any] = [handle.configs[name] for name in names]
     if any(config.modules_to_save for config in configs):
         raise ValueError(
             "modules trained whole have no vectors to add: use combination_type='svd', which adds those too"
         )
     total: dict[str, Tensor] = {}
-    for name, weight in zip(names, weights, strict=True):
-        adapters: dict[str, Any] = handle.adapters(name)
-        for path, number in resolve(weight, adapters).items():
-            own: IA3 = adapters[path]
+    for path, parts in Sources(handle, names, weights).parts.items():
+        for each in parts:
+            own: Any = each.adapter
             vector = torch.lerp(torch.ones_like(own.ia3_l), own.ia3_l.detach(), own.strength)
-            key, part = f"{path}.ia3_l", number * wide(vector)
+            key, part = f"{path}.ia3_l", each.weight * wide(vector)
             if key in total and total[key].shape != part.shape:
                 raise ValueError(f"{path}: some of {list(names)} scale its input and others its output")
             total[key] = part if key not in total else total[key] + part
