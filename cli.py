@@ -36,15 +36,18 @@ COMMANDS = {
     "blend": Command("diffusion.blend", "BlendConfig", "blend", "make one adapter of several, with a preview"),
     "inspect": Command("diffusion.inspect", "InspectConfig", "inspect", "say what an adapter holds and who reads it"),
     "convert": Command("diffusion.convert", "ConvertConfig", "convert", "rewrite an adapter for another program"),
+    "text train": Command("text.sft", "TextConfig", "main", "teach a language model from examples"),
+    "text generate": Command("text.generate", "AnswerConfig", "main", "answer prompts with weighted adapters"),
+    "text merge": Command("text.merge", "MergeConfig", "main", "fold adapters into a plain language model"),
     "studio": Command("studio.serve", "StudioConfig", "serve", "train, blend and compare in the browser"),
 }
 
 HELP = f"""usage: veneer COMMAND [OPTIONS]
 
-Adapters for frozen models: train, draw, blend, inspect, convert.
+Adapters for frozen models: train, draw, write, blend, inspect, convert.
 
 commands:
-{chr(10).join(f"  {name:<12}{command.help}" for name, command in COMMANDS.items())}
+{chr(10).join(f"  {name:<15}{command.help}" for name, command in COMMANDS.items())}
 
 options of every command:
   --help          its options, with their defaults
@@ -59,6 +62,8 @@ examples:
   veneer blend --adapters demo/robot=1.0 demo/ink=0.7 --combination-type svd --out ink-robot
   veneer inspect ink-robot
   veneer convert ink-robot ink-robot.safetensors --to kohya
+  veneer text train --data chats.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct --output-dir runs/pirate
+  veneer text generate --model HuggingFaceTB/SmolLM2-135M-Instruct --adapters runs/pirate=0.8 --prompts "Who are you?"
   veneer studio
 """
 
@@ -82,11 +87,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _dispatch(arguments: list[str]) -> None:
-    name, *rest = arguments or ["--help"]
+    arguments = arguments or ["--help"]
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    name, rest = " ".join(arguments[:words]), arguments[words:]
+    group = [command for command in COMMANDS if command.startswith(f"{name} ")]
     if name in ("-h", "--help"):
         print(HELP, end="")
     elif name == "--version":
         print(f"veneer {__version__}")
+    elif group and rest in ([], ["-h"], ["--help"]):
+        print("\n".join(f"veneer {command:<15}{COMMANDS[command].help}" for command in group))
     elif name in COMMANDS:
         _run(name, rest)
     else:

@@ -6,7 +6,8 @@
     ├── MergedError (also a RuntimeError)               a change of activity while weights are merged
     └── AdapterFileError (also a ValueError)            a file that is no adapter, is damaged, or is not safe to read
 
-The first two names are those of the ecosystem; warnings of this package are `PeftWarning`s.
+The first two names are those of the ecosystem; warnings of this package are `PeftWarning`s. `DataError` (a
+ValueError) is about the data that a training run learns from.
 """
 
 
@@ -28,6 +29,10 @@ class MergedError(PeftError, RuntimeError):
 
 class AdapterFileError(PeftError, ValueError):
     """A file or folder that cannot be read as an adapter: missing, damaged, of another kind, or a pickle."""
+
+
+class DataError(ValueError):
+    """The user's data cannot be trained on; the message says which and why."""
 
 
 class PeftWarning(UserWarning):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..lazy import face
 
 if TYPE_CHECKING:
+    from ..core.errors import DataError
     from ..core.runs.events import Checkpoint, Done, Event, Notice, Progress, Step, Stopped
     from ..core.runs.followers import ProgressBar
     from ..core.runs.settings import ConfigError
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from .events import Plan, Sample
     from .families import family_of, load_pipeline
     from .grid import contact_sheet
-    from .images import DataError
     from .inspect import inspect_adapter
     from .pipeline import (
         LoadReport,
@@ -40,7 +40,7 @@ _HOME = {
     "Checkpoint": ".core.runs.events",
     "ConfigError": ".core.runs.settings",
     "ConvertConfig": "convert",
-    "DataError": "images",
+    "DataError": ".core.errors",
     "Done": ".core.runs.events",
     "DreamBooth": "dreambooth",
     "DreamBoothConfig": "config",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core import AdaptedModel, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
+from ..core import AdaptedModel, PeftConfig
+from ..core.runs.adapters import method_class, peft_config
 from ..core.runs.random_state import derived_seed
 from ..core.runs.settings import ConfigError
 from ..core.runs.trainer import ADAPTER
@@ -18,13 +19,6 @@ from .families import Component, Family
 
 Adapters = dict[str, tuple[PeftConfig, dict[str, Tensor]]]
 """Component -> (config, tensors by module path): what every file dialect reads and writes."""
-
-_METHODS: dict[str, tuple[type[PeftConfig], str, str]] = {
-    "lora": (LoraConfig, "lora_alpha", "lora_dropout"),
-    "loha": (LoHaConfig, "alpha", "rank_dropout"),
-    "lokr": (LoKrConfig, "alpha", "rank_dropout"),
-}
-"""Method -> its config and what PEFT calls alpha and dropout there."""
 
 
 def targets_of(name: str, options: AdapterOptions, component: Component) -> list[str]:
@@ -40,29 +34,25 @@ def targets_of(name: str, options: AdapterOptions, component: Component) -> list
     return list(dict.fromkeys(names))
 
 
-def peft_config(name: str, options: AdapterOptions, component: Component, model: str) -> PeftConfig:
+def component_config(name: str, options: AdapterOptions, component: Component, model: str, steps: int) -> PeftConfig:
     """The core's config for `options`; `model` is remembered as the base."""
-    config_class, alpha, dropout = _METHODS[options.method]
-    values: dict[str, Any] = {
-        "r": options.rank,
-        alpha: options.rank if options.alpha is None else options.alpha,
-        dropout: options.dropout,
-        "target_modules": targets_of(name, options, component),
-        "rank_pattern": dict(options.rank_pattern),
-        "alpha_pattern": dict(options.alpha_pattern),
-        "base_model_name_or_path": model,
-        **({"use_dora": True} if options.dora else {}),
-        **options.options,
-    }
-    known = {field.name for field in dataclasses.fields(config_class)}
-    unknown = sorted(values.keys() - known)
-    if unknown:
-        raise ConfigError(f"{name}: {config_class.__name__} has no option {', '.join(unknown)}")
-    return config_class(**values)
+    if method_class(name, options.method).prompts:
+        raise ConfigError(
+            f"{name}.method={options.method} learns tokens before a language model's input; a pipeline has no place "
+            "for them. Choose a method that adapts layers, such as lora"
+        )
+    targets = targets_of(name, options, component)
+    return peft_config(
+        name,
+        replace(options, targets=tuple(targets)),
+        steps,
+        base_model_name_or_path=model,
+        feedforward_modules=[target for target in targets if target in component.feed_forward],
+    )
 
 
 def attach(
-    pipe: Any, family: Family, wanted: Mapping[str, AdapterOptions], model: str, seed: int
+    pipe: Any, family: Family, wanted: Mapping[str, AdapterOptions], model: str, seed: int, steps: int
 ) -> dict[str, AdaptedModel]:
     """Freeze the pipeline's components and give those in `wanted` an adapter to train.
 
@@ -74,7 +64,7 @@ def attach(
         if name not in family.components:
             raise ConfigError(f"{family.name} has no component {name}; it has {', '.join(family.components)}")
         adapted[name] = AdaptedModel(getattr(pipe, name))
-        config = peft_config(name, options, family.components[name], model)
+        config = component_config(name, options, family.components[name], model, steps)
         with torch.random.fork_rng([]):
             torch.manual_seed(derived_seed(seed, "adapter", name))
             adapted[name].add(ADAPTER, config, strict=True)

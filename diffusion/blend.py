@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..core.runs.settings import ConfigError, to_yaml
+from ..core.weighted import Weighted, parse_weighted
 from .generate import DrawOptions
-from .weighted import Weighted, parse_weighted
 
 if TYPE_CHECKING:
     from ..core import Report

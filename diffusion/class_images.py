@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ..core.atomic import atomic
+from ..core.errors import DataError
 from ..core.files import write_text
 from ..core.runs.events import Progress
 from .config import DreamBoothConfig
-from .images import DataError, find_files
+from .images import find_files
 from .sample import generate_each
 
 _RECIPE = "class_images.json"

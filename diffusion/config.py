@@ -6,24 +6,17 @@ No model library is imported here, so that help and mistakes show at once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from ..core.runs import adapters
 from ..core.runs.config import RunConfig, own_fields_first
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterOptions:
+class AdapterOptions(adapters.AdapterOptions):
     """The adapter of one component of the pipeline."""
 
-    method: Literal["lora", "loha", "lokr", "none"] = "lora"
-    """How weights are changed; "none" leaves this component as it is. LoRA is the most widely readable, LoKr the
-    smallest file, LoHa the most expressive at a given rank."""
-    rank: int = 16
-    """Rank of the update, from 1 up. 4 to 32 is usual: more remembers more detail and overfits sooner."""
-    alpha: float | None = None
-    """Strength of the update is alpha / rank. Not given, it equals the rank: strength 1."""
     learning_rate: float | None = None
     """Peak rate of AdamW. Not given, the model family's: 1e-4 for a Stable Diffusion UNet, 5e-5 for its text encoder,
     1e-3 for the embedded pipeline."""
@@ -33,26 +26,6 @@ class AdapterOptions:
     """Adapt the feed-forward layers too: about as many parameters again, better likeness."""
     conv: bool = False
     """Adapt the convolutions too (UNet): more parameters still; helps with texture, style and small subjects."""
-    dropout: float = 0.0
-    """Chance, 0 to 1, that an input feature (LoHa, LoKr: a rank) is left out in training. 0 as in the papers' runs."""
-    dora: bool = False
-    """Weight-decomposed: learn the magnitude of each output apart from its direction. Slower, often closer."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Other ranks for some layers, by name suffix or regex; a name that matches nothing is an error."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Other alphas for some layers, likewise."""
-    options: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Further fields of the method's own config, such as `decompose_factor 8` (LoKr) or `use_rslora True` (LoRA)."""
-
-    def problems(self, name: str) -> Iterator[str]:
-        if self.rank < 1:
-            yield f"{name}.rank={self.rank} must be at least 1"
-        if self.alpha is not None and self.alpha <= 0:
-            yield f"{name}.alpha={self.alpha} must be positive"
-        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
-            yield f"{name}.learning_rate={self.learning_rate} must lie between 0 and 1"
-        if not 0 <= self.dropout < 1:
-            yield f"{name}.dropout={self.dropout} must be at least 0 and below 1"
 
 
 @own_fields_first

@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .images import DataError, caption_of, find_files, read_image
+from ..core.errors import DataError
+from .images import caption_of, find_files, read_image
 
 
 @dataclass(frozen=True)

@@ -167,9 +167,9 @@ def _blend_and_draw(
     The exact sum of LoRAs is a LoRA of 16 columns. LoHas and LoKrs have high rank, and LoKr's singular values fall
     slowly: at 32 columns the robot is lost, at 96 it is there.
     """
+    from ..core.weighted import parse_weighted
     from .blend import BLEND, CombineOptions, combine, recipe, show_only
     from .pipeline import save_adapter
-    from .weighted import parse_weighted
 
     inputs = parse_weighted(f"{path}={weight}" for path, weight in zip((subject, style), BLEND_WEIGHTS, strict=True))
     options = CombineOptions() if config.method == "lora" else CombineOptions(combination_type="svd", svd_rank=96)

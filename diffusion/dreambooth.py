@@ -7,13 +7,16 @@ for event in DreamBooth(config).run():
 from __future__ import annotations
 
 from collections.abc import Generator
+from typing import TYPE_CHECKING
 
 from ..core.runs.events import Event
 from ..core.runs.place import Place
 from ..core.runs.run import Run
-from ..core.runs.session import Session
 from ..core.runs.settings import ConfigError
 from .config import AdapterOptions, DreamBoothConfig
+
+if TYPE_CHECKING:
+    from ..core.runs.session import Session
 
 __all__ = ["AdapterOptions", "ConfigError", "DreamBooth", "DreamBoothConfig", "main"]
 

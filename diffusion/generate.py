@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.runs.settings import to_yaml
-from .weighted import parse_weighted
+from ..core.weighted import parse_weighted
 
 if TYPE_CHECKING:
     from PIL.Image import Image

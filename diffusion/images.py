@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..core.errors import DataError
+
 _NOT_IMAGES = {".txt", ".caption", ".json", ".jsonl", ".yaml", ".yml", ".md", ".csv", ".npz", ".safetensors"}
-
-
-class DataError(ValueError):
-    """The user's images cannot be trained on; the message says which and why."""
 
 
 def natural_key(path: Path) -> list[tuple[int, int, str]]:

@@ -17,6 +17,7 @@ import torch
 from ..core import AdaptedModel
 from ..core.runs.events import Event, Notice, Progress
 from ..core.runs.place import Place
+from ..core.runs.recompute import recompute_activations
 from ..core.runs.settings import ConfigError
 from ..core.runs.trainer import WEIGHT_DTYPES, Trainer
 from .adapters import attach
@@ -73,7 +74,7 @@ def prepare(config: DreamBoothConfig, place: Place) -> Generator[Event, None, Pr
         prompts, files = tuple(image.prompt for image in images), tuple(image.path.name for image in images)
         sets.append(TrainingSet(name, latents, prompts, files))
 
-    adapted = attach(pipe, family, config.adapters(), config.model, config.seed)
+    adapted = attach(pipe, family, config.adapters(), config.model, config.seed, config.max_train_steps)
     conditions = Prompts(pipe.tokenizer, lambda tokens: family.encode_text(pipe, tokens), place.device)
     yield from _encode_prompts(conditions, pipe, family, adapted, sets)
     needed = adapted.keys() | {family.denoiser}
@@ -161,14 +162,4 @@ def _ready_to_train(pipe: Any, names: Iterable[str], checkpointing: bool) -> Non
         model = getattr(pipe, name)
         model.train()  # for the adapters' dropout; transformers recomputes activations in this mode only
         if checkpointing:
-            _recompute_activations(model)
-
-
-def _recompute_activations(model: Any) -> None:
-    """Gradient checkpointing that is not reentrant, so that adapters get gradients although their inputs have none."""
-    if hasattr(model, "enable_gradient_checkpointing"):  # diffusers, where it is never reentrant
-        model.enable_gradient_checkpointing()
-    elif hasattr(model, "activation_checkpointing_enable"):  # transformers since 5
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(model)

@@ -16,11 +16,22 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from .config import AdapterOptions, TextConfig
+    from .generate import AnswerConfig, generate_text
     from .load import load_model
+    from .merge import MergeConfig, merge_adapters
     from .methods import attach, install, uninstall
+    from .sft import FineTuning
     from .trainer import Trainer
 
 _HOME = {
+    "AdapterOptions": "config",
+    "AnswerConfig": "generate",
+    "FineTuning": "sft",
+    "MergeConfig": "merge",
+    "TextConfig": "config",
+    "generate_text": "generate",
+    "merge_adapters": "merge",
     "AutoPeftModel": "auto",
     "AutoPeftModelForCausalLM": "auto",
     "AutoPeftModelForFeatureExtraction": "auto",

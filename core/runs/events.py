@@ -14,6 +14,10 @@ from pathlib import Path
 class Event:
     """Base of everything that a run tells."""
 
+    def line(self) -> str | None:
+        """What a terminal says of it; None for what a progress bar shows, or nobody needs to read."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Event):
@@ -27,8 +31,7 @@ class Plan(Event):
     max_train_steps: int
     device: str
 
-    def headline(self) -> str:
-        """What a terminal says of it, in a line."""
+    def line(self) -> str:
         parts = ", ".join(f"{name} {count:,}" for name, count in self.trainable.items())
         return f"{self.model}; {self.about()}; trainable: {parts}"
 
@@ -42,6 +45,9 @@ class Notice(Event):
     """Something the user should know, after which the run goes on: a skipped image, a truncated text."""
 
     message: str
+
+    def line(self) -> str:
+        return f"note: {self.message}"
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,9 @@ class Evaluation(Event):
     """How many predictions it is the mean of."""
     seconds: float
 
+    def line(self) -> str:
+        return f"held-out loss after step {self.step}: {self.loss:.4f} over {self.count:,} predictions"
+
 
 @dataclass(frozen=True)
 class Checkpoint(Event):
@@ -100,6 +109,9 @@ class Stopped(Event):
     step: int
     output_dir: Path
 
+    def line(self) -> str:
+        return f"stopped after step {self.step} and saved; run the same command again to go on"
+
 
 @dataclass(frozen=True)
 class Done(Event):
@@ -112,3 +124,6 @@ class Done(Event):
     peak_memory: int | None = None
     """Most bytes that tensors held on the CUDA device from the first step on, all that was shown meanwhile included;
     None elsewhere."""
+
+    def line(self) -> str:
+        return f"done: step {self.step}, {self.output_dir}"

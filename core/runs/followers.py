@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..files import write_text
-from .events import Done, Evaluation, Event, Notice, Plan, Progress, Step, Stopped
+from .events import Evaluation, Event, Plan, Progress, Step
 
 
 class EventFile:
@@ -53,26 +53,20 @@ class ProgressBar:
         return event
 
     def show(self, event: Event) -> None:
+        said = event.line()
+        if said is not None and not self.disable:
+            tqdm.write(said)
         match event:
             case Progress(stage, done, total):
                 bar = self._bar_of(stage, total, 0)
                 bar.update(done - bar.n)
+            case Plan():
+                self._bar_of("training", event.max_train_steps, event.start_step)
             case Step():
                 assert self._bar is not None
                 self._loss = event.loss if self._loss is None else 0.95 * self._loss + 0.05 * event.loss
                 self._bar.set_postfix(loss=f"{self._loss:.4f}", refresh=False)  # smoothed: one step tells nothing
                 self._bar.update(event.step - self._bar.n)
-            case Plan():
-                self._say(event.headline())
-                self._bar_of("training", event.max_train_steps, event.start_step)
-            case Evaluation(step, loss, count):
-                self._say(f"held-out loss after step {step}: {loss:.4f} over {count:,} predictions")
-            case Notice(message):
-                self._say(f"note: {message}")
-            case Stopped():
-                self._say(f"stopped after step {event.step} and saved; run the same command again to go on")
-            case Done():
-                self._say(f"done: step {event.step}, {event.output_dir}")
 
     def _bar_of(self, stage: str, total: int, initial: int) -> tqdm:
         if self._bar is None or self._stage != stage:
@@ -80,10 +74,6 @@ class ProgressBar:
             self._stage = stage
             self._bar = tqdm(total=total, initial=initial, desc=stage, disable=self.disable, dynamic_ncols=True)
         return self._bar
-
-    def _say(self, line: str) -> None:
-        if not self.disable:
-            tqdm.write(line)
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..adapted import AdaptedModel
+from ..steps import after_step, load_training_state, penalty, training_state
 from .config import RunConfig
 from .events import Step
 from .place import Place
@@ -96,7 +97,7 @@ class Trainer:
         values = torch.stack([*losses.values(), *norms.values()]).tolist()  # the one wait for the device in a step
         shown = dict(zip([*losses, *norms], values, strict=True))
         self._judge(number, {name: shown[name] for name in losses}, {name: shown[name] for name in norms})
-        self._update(norms)
+        self._update(number, norms)
         seconds = time.perf_counter() - started
         self.recent.append(seconds)
         return Step(
@@ -117,10 +118,18 @@ class Trainer:
             batch_number = ((number - 1) * accumulate + turn) * self.place.processes + self.place.process
             with _dropout_seeded(derived_seed(self.config.seed, "dropout", batch_number), self.device):
                 losses = self.task.losses(batch_number)
+                extra = self._penalty()
+                if extra is not None:
+                    losses |= {"loss": losses["loss"] + extra, "penalty": extra}
                 self.scaler.scale(losses["loss"] / accumulate).backward()
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach() / accumulate
         return totals
+
+    def _penalty(self) -> Tensor | None:
+        """What the methods themselves add to the loss, where one does."""
+        terms = [term for model in self.models.values() if isinstance(term := penalty(model), Tensor)]
+        return torch.stack([term.to(self.device) for term in terms]).sum() if terms else None
 
     def _average_gradients(self) -> None:
         if self.place.processes == 1:
@@ -130,13 +139,16 @@ class Trainer:
         for parameter, mean in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
             parameter.grad = mean.view_as(parameter)
 
-    def _update(self, norms: dict[str, Tensor]) -> None:
+    def _update(self, number: int, norms: dict[str, Tensor]) -> None:
         everything = [p for group in self.parameters.values() for p in group]
         if self.config.max_grad_norm:
             total = torch.stack(list(norms.values())).norm()
             clip_grads_with_norm_(everything, self.config.max_grad_norm, total)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if not self.overflows:  # in fp16: gradients that have overflowed tell nothing
+            for model in self.models.values():
+                after_step(model, number)
         self.optimizer.zero_grad(set_to_none=True)
         self.lr_scheduler.step()
 
@@ -177,6 +189,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "methods": {name: training_state(model) for name, model in self.models.items()},
             "data": self.task.data(),
         }
 
@@ -185,6 +198,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.scaler.load_state_dict(state["scaler"])
+        for name, found in state.get("methods", {}).items():  # checkpoints of version 0.1 have none
+            load_training_state(self.models[name], found)
         return [name for name, now in self.task.data().items() if state["data"].get(name) != now]
 
 

@@ -151,7 +151,7 @@ def _with_adapters(task: Task, warm: Warm) -> Any:
 
 def _inputs(task: Task, weights: Sequence[float] | None = None) -> list[Any]:
     """The job's adapters where they lie, at their own or other weights; those at 0 are left out."""
-    from ...diffusion.weighted import Weighted
+    from ...core.weighted import Weighted
 
     asked = task.arguments["adapters"]
     at = [adapter["weight"] for adapter in asked] if weights is None else weights

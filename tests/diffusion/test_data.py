@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from veneer.core.errors import DataError
 from veneer.diffusion.data import image_views, scan
-from veneer.diffusion.images import DataError, caption_of, find_files, read_image
+from veneer.diffusion.images import caption_of, find_files, read_image
 
 
 def test_natural_order_and_what_is_not_an_image(tmp_path: Path):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from veneer.core import AdaptedModel, LoHaConfig, LoKrConfig, LoraConfig
+from veneer.core.weighted import parse_weighted
 from veneer.diffusion import adapted_models, detach, load_adapter, load_pipeline, read_adapter, save_adapter
 from veneer.diffusion.blend import BLEND, CombineOptions, combine
 from veneer.diffusion.dialects.names import Names
-from veneer.diffusion.weighted import parse_weighted
 
 TARGETS = ["to_q", "to_k", "to_v"]
 CONFIGS = {

@@ -1,7 +1,7 @@
 """Adapters as people write them."""
 
 import pytest
-from veneer.diffusion.weighted import Weighted, parse_weighted
+from veneer.core.weighted import Weighted, parse_weighted
 
 
 @pytest.mark.parametrize(
