@@ -64,6 +64,7 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification,
     )
     from .tuners.adalora import AdaLoraConfig
+    from .tuners.adaption_prompt import AdaptionPromptConfig
     from .tuners.diag_oft import DiagOFTConfig
     from .tuners.full import FullConfig
     from .tuners.glora import GLoraConfig
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AdaLoraConfig": "tuners.adalora",
     "AdaptedLayer": "layer",
+    "AdaptionPromptConfig": "tuners.adaption_prompt",
     "AdaptedModel": "adapted",
     "Adapter": "adapter",
     "AdapterFileError": "errors",

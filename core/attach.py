@@ -14,7 +14,7 @@ from .adapter import Adapter, by_class
 from .config import HEADS, PeftConfig, TaskType
 from .errors import MergedError
 from .layer import AdaptedLayer
-from .prompts.layer import PromptLayer, prompt_layer
+from .prompts.layer import PromptLayer
 from .quantized import quantized_sites
 from .state import State
 from .targets import Place, base_of, check_patterns, input_embedding, inside, near, select, select_parameters
@@ -70,9 +70,8 @@ def build_adapters(
     named = [f"{place.path}.{name}" for place, names in parameters for name in names]
     check_patterns(config, [*(place.path for place in chosen), *named], strict)
     whole = whole_modules(model, config, places, adapted)
-    if config.prompts:
-        place, prompts = prompt_layer(model, places, state)
-        built.append((place, prompts, _build(config, prompts, place.path, autocast, initialise)))
+    for place, layer in config.layers(model, places, state) if config.prompts else ():
+        built.append((place, layer, _build(config, layer, place.path, autocast, initialise)))
     for place in chosen:
         layer = _layer_at(place, state)
         built.append((place, layer, _build(config, layer, place.path, autocast, initialise)))

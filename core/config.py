@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum, StrEnum
 from numbers import Real
@@ -21,10 +21,13 @@ from .errors import PeftWarning
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from .adapter import Adapter
+    from .layer import AdaptedLayer
     from .sites import Site
+    from .state import State
+    from .targets import Place
 
 
 class PeftType(StrEnum):
@@ -123,7 +126,7 @@ class PeftConfig(metaclass=_Options):
 
     adapter_class: ClassVar[type[Adapter]]
     prompts: ClassVar[bool] = False
-    """Whether the method is virtual tokens before the text, rather than a change of layers."""
+    """Whether the method is virtual tokens, rather than a change of layers."""
     norms: ClassVar[bool] = False
     """Whether the method can adapt a norm, whose weight is no matrix but a number for each feature."""
     on_embeddings: ClassVar[bool] = False
@@ -173,13 +176,21 @@ class PeftConfig(metaclass=_Options):
             raise ValueError(f"{path}: {self.peft_type} cannot adapt a {kind}, whose weight is no matrix")
         return self.adapter_class(self, site, path, device, dtype)
 
+    def layers(self, model: nn.Module, places: Mapping[str, Place], state: State) -> list[tuple[Place, AdaptedLayer]]:
+        """Of a method with `prompts`: the layers that get an adapter, which may be new, and their places.
+
+        Raises:
+            ValueError: the model is none that can have them.
+        """
+        raise NotImplementedError
+
     def filed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The adapter's tensors, by `path.name`, as its file holds them."""
         return tensors
 
     @property
     def is_prompt_learning(self) -> bool:
-        return self.prompts
+        return self.prompts and not self.is_adaption_prompt
 
     @property
     def is_adaption_prompt(self) -> bool:

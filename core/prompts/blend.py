@@ -28,7 +28,7 @@ _SIZES_OF_CACHE = (*_SIZES, "num_attention_heads", "num_layers")
 
 def has_prompts(handle: AdaptedModel, names: Iterable[str]) -> bool:
     """Whether some of these adapters are prompts."""
-    return any(name in handle.configs and handle.configs[name].prompts for name in names)
+    return any(name in handle.configs and handle.configs[name].is_prompt_learning for name in names)
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def _check_alike(configs: dict[str, Any], together: str) -> None:
 
 
 def _sort(config: Any) -> str:
-    if not config.prompts:
+    if not config.is_prompt_learning:
         return f"{config.peft_type}, a change of layers"
     return "keys and values before the text's" if config.of_cache else "tokens before the text's"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -9,8 +10,12 @@ from ..config import PeftConfig, TaskType
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from ..adapter import Adapter
+    from ..layer import AdaptedLayer
+    from ..state import State
+    from ..targets import Place
 
 
 @dataclass
@@ -41,6 +46,11 @@ class PromptLearningConfig(PeftConfig):
     def build(self, site: Any, path: str, device: torch.device, dtype: torch.dtype) -> Adapter:
         self.complete_for(site.sizes(self.of_cache))
         return self.adapter_class(self, site, path, device, dtype)
+
+    def layers(self, model: nn.Module, places: Mapping[str, Place], state: State) -> list[tuple[Place, AdaptedLayer]]:
+        from .layer import prompt_layer
+
+        return [prompt_layer(model, places, state)]
 
     def complete_for(self, sizes: dict[str, int | None]) -> None:
         """Take what was left as None from a model's config.

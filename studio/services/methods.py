@@ -53,6 +53,7 @@ def methods() -> dict[str, Method]:
             if isinstance(node, ast.ClassDef):
                 classes[node.name] = node
                 registered |= dict.fromkeys(_registers(node), about)
+    registered = {name: about for name, about in registered.items() if not _learns_prompts(classes[name])}
     found = (_method(classes, name, about) for name, about in registered.items())
     return {method.key: method for method in found if "target_modules" in method.fields}
 
@@ -62,6 +63,11 @@ def _registers(node: ast.ClassDef) -> Iterator[str]:
     for call in node.decorator_list:
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "method":
             yield from (argument.id for argument in call.args if isinstance(argument, ast.Name))
+
+
+def _learns_prompts(node: ast.ClassDef) -> bool:
+    """Whether a config says `prompts: ClassVar[bool] = True`."""
+    return any(isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "prompts" for n in node.body)
 
 
 def _method(classes: dict[str, ast.ClassDef], name: str, about: str) -> Method:

@@ -14,7 +14,7 @@ from veneer.studio.services.methods import methods
 REGISTRY = {
     kind.value.lower(): found
     for kind, found in config_classes().items()
-    if not any(base.__name__ == "PromptLearningConfig" for base in found.__mro__)  # they change no layer
+    if not found.prompts  # they change no layer
 }
 
 

@@ -23,6 +23,7 @@ PROMPTS = {
     "PROMPT_TUNING": {"num_virtual_tokens": 3},
     "P_TUNING": {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
     "PREFIX_TUNING": {"num_virtual_tokens": 3},
+    "ADAPTION_PROMPT": {"adapter_len": 3, "adapter_layers": 1},
 }
 """Methods without target modules. Multitask prompts are told their tasks by a `PeftModel`'s forward only."""
 METHODS = [m.value for m in config_classes() if m.value != "MULTITASK_PROMPT_TUNING"]
