@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ class _Target:
     adapter: Adapter | None = None
     held: dict[str, Any] | None = None
     key: str = ""
+    of_base: bool = False
 
     def take(self, new: Tensor) -> None:
         if self.adapter is None or self.held is None or not self.old.is_meta:
@@ -68,15 +69,26 @@ def assign(
     targets += [_Target(file_key, held[key]) for file_key, held, key in common_slots(adapters.values())]
     absent = [t for t in targets if t.name not in tensors]
     targets += [_Target(key, bias.parameter) for key, bias in biases.items()]
-    unexpected = tensors.keys() - {t.name for t in targets}
+    names = {t.name for t in targets}
+    # PEFT stores an embedding that is trained whole twice, if embeddings are saved along
+    tensors = {k: t for k, t in tensors.items() if k in names or k.replace(".modules_to_save.", ".") not in names}
+    unexpected = tensors.keys() - names
     if unexpected:
-        base = dict(model.named_parameters())
-        targets += [_Target(key, base[key]) for key in unexpected & base.keys()]
-        unexpected -= base.keys()
+        base = dict(model.named_parameters(remove_duplicate=False))  # tied weights under all of their names
+        places = {key: place for key in unexpected if (place := _place_of(key, base)) is not None}
+        targets += [_Target(key, base[place], of_base=True) for key, place in places.items()]
+        unexpected -= places.keys()
     given = [t for t in targets if t.name in tensors]
     tensors = tensors | {t.name: t.adapter.fit(t.key, tensors[t.name]) for t in given if t.adapter is not None}
+    elsewhere = [t.name for t in given if t.of_base and t.old.is_meta]
+    if elsewhere:
+        raise ValueError(
+            f"adapter {name!r} brings weights of the base model, which are offloaded here: {_listed(elsewhere)}; keep "
+            "these layers on a device"
+        )
     wrong = [
         f"{t.name} has shape {tuple(tensors[t.name].shape)}, expected {tuple(t.old.shape)}"
+        + (" as in the base model: call resize_token_embeddings first if it is an embedding" if t.of_base else "")
         for t in given
         if tensors[t.name].shape != t.old.shape
     ]
@@ -93,6 +105,15 @@ def assign(
     return result
 
 
+def _place_of(key: str, base: Container[str]) -> str | None:
+    """The name among parameters of the base model of one that a file stores, whatever wrapped it there or does here."""
+    path, _, last = key.rpartition(".")
+    for wrapper in (".original_module", ".token_adapter.base_layer", ".base_layer"):
+        path = path.removesuffix(wrapper)
+    return next((k for k in (key, f"{path}.{last}", f"{path}.base_layer.{last}") if k in base), None)
+
+
+@torch.no_grad()
 def _initialise(adapter: Adapter) -> None:
     """Start an adapter of which some tensors are missing as a fresh one starts."""
     if any(p.is_meta for p in adapter.parameters()):

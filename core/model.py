@@ -16,6 +16,7 @@ from .adapted import AdaptedModel
 from .assign import LoadResult
 from .card import write_card
 from .config import HEADS, PeftConfig, TaskType
+from .embeddings import SaveEmbeddings, embeddings
 from .errors import PeftWarning
 from .files import load_adapter, read_config, read_weights, save_adapter
 from .handle import handle_of
@@ -160,6 +161,7 @@ class PeftModel(AdapterMethods, nn.Module):
         state_dict: dict[str, Tensor] | None = None,
         path_initial_model_for_weight_conversion: str | Path | None = None,
         root: str = "default",
+        save_embedding_layers: SaveEmbeddings = "auto",
         **options: Any,
     ) -> None:
         """Write the adapters as `peft` reads them: `root` into the directory, others into folders of their name.
@@ -167,7 +169,8 @@ class PeftModel(AdapterMethods, nn.Module):
         A `state_dict` of the whole model, gathered shards for example, is taken for the values where one is given.
         With `path_initial_model_for_weight_conversion`, the directory of a LoRA as it was before training, what is
         written is the plain LoRA of twice the rank that does the same over the original base model. `save_as_lora`
-        needs no such directory.
+        needs no such directory. `save_embedding_layers` says which embeddings of the base model are saved along: see
+        `embeddings.py`.
         """
         _accept(options)
         if not safe_serialization:
@@ -180,18 +183,18 @@ class PeftModel(AdapterMethods, nn.Module):
             raise ValueError(f"selected_adapters {sorted(unknown)} are not among {list(self.peft_config)}")
         if not is_main_process:
             return
-        write_card(Path(save_directory), self.peft_config[names[0]])
         for name in names:
             directory = Path(save_directory) if name == root else Path(save_directory, name)
             config = self.peft_config[name]
             if config.base_model_name_or_path is None:
                 config.base_model_name_or_path = getattr(self.get_base_model(), "name_or_path", None) or None
-            tensors = get_peft_model_state_dict(self, state_dict, name)
+            tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers)
             tensors = {config.from_file(key): tensor for key, tensor in tensors.items()}
             if path_initial_model_for_weight_conversion is not None:
                 initial = read_weights(path_initial_model_for_weight_conversion, config=config)
                 config, tensors = as_plain_lora(config, tensors, initial)
             save_adapter(directory, config, tensors)
+        write_card(Path(save_directory), self.peft_config[names[0]])
 
     def push_to_hub(
         self,
@@ -310,7 +313,6 @@ _UNNEEDED = {
 _AT_REST = {
     "key_mapping": {None},
     "ignore_mismatched_sizes": {False},
-    "save_embedding_layers": {"auto", False},
 }
 """Options of PEFT that could change the result: accepted only with values that ask for nothing."""
 
@@ -390,22 +392,29 @@ def inject_adapter_in_model(
 
 
 def get_peft_model_state_dict(
-    model: nn.Module, state_dict: dict[str, Tensor] | None = None, adapter_name: str = "default", **options: Any
+    model: nn.Module,
+    state_dict: dict[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    save_embedding_layers: SaveEmbeddings = "auto",
+    **options: Any,
 ) -> dict[str, Tensor]:
     """The tensors of one adapter under the names of its file.
 
     With PEFT's prefix for a `PeftModel`, without for a model that was injected into. A `state_dict` of the whole model
-    is taken for the values where one is given (gathered shards, for example).
+    is taken for the values where one is given (gathered shards, for example). `save_embedding_layers`: see
+    `embeddings.py`.
     """
     _accept(options)
     handle = handle_of(model)
     name_of = handle.configs[adapter_name].to_file if isinstance(model, PeftModel) else str
+    prefix = next(f"{path}." if path else "" for path, module in model.named_modules() if module is handle.model)
+    along = embeddings(handle, adapter_name, save_embedding_layers, state_dict, prefix)
     if state_dict is None:
-        return {name_of(key): tensor for key, tensor in handle.tensors(adapter_name).items()}
+        return {name_of(key): tensor for key, tensor in (handle.tensors(adapter_name) | along).items()}
     live_names = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
     held = handle.held_tensors(adapter_name)
     given = {key: state_dict[live_names[id(tensor)]] for key, tensor in held.items()}
-    return {name_of(key): tensor for key, tensor in trim(handle.adapters(adapter_name), given).items()}
+    return {name_of(key): tensor for key, tensor in (trim(handle.adapters(adapter_name), given) | along).items()}
 
 
 def set_peft_model_state_dict(

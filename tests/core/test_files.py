@@ -520,7 +520,7 @@ def test_options_that_would_be_ignored_are_refused(saved, tmp_path):
     with pytest.raises(TypeError, match="key_mapping"):
         PeftModel.from_pretrained(net(), saved, key_mapping={"a": "b"})
     model = PeftModel.from_pretrained(net(), saved, low_cpu_mem_usage=True, key_mapping=None)
-    with pytest.raises(TypeError, match="save_embedding_layers"):
+    with pytest.raises(ValueError, match="save_embedding_layers"):
         model.save_pretrained(tmp_path / "out", save_embedding_layers=True)
     assert not (tmp_path / "out").exists()
 
@@ -531,5 +531,25 @@ def test_a_given_state_dict_is_what_is_saved(saved, tmp_path):
     before, after = load_adapter(saved)[1], load_adapter(tmp_path / "out")[1]
     for key in before:
         torch.testing.assert_close(after[key], before[key] + 1)
-    with pytest.raises(TypeError, match="save_embedding_layers"):
-        model.save_pretrained(tmp_path, save_embedding_layers=True)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_what_a_file_lacks_starts_afresh(trainable):
+    """Also over an adapter that is being trained: its leaves are written to in place."""
+    model = adapted(target_modules=["0", "2"], init_lora_weights=True).base_model
+    model.set_trainable("default", trainable)
+    given = {key: tensor + 1 for key, tensor in model.tensors("default").items() if key.startswith("0.")}
+    with torch.no_grad():
+        for parameter in model.parameters_of("default"):
+            parameter.fill_(3.0)
+    held = model.parameters_of("default")
+    result = model.assign("default", given, missing_ok=True)
+    assert sorted(result.missing_keys) == ["2.lora_A.weight", "2.lora_B.weight"]
+    found = model.tensors("default")
+    for key, tensor in given.items():
+        assert torch.equal(found[key], tensor)
+    assert not found["2.lora_B.weight"].any()
+    assert found["2.lora_A.weight"].std() > 0
+    for old, new in zip(held, model.parameters_of("default"), strict=True):
+        assert old is new
+        assert new.requires_grad is trainable
