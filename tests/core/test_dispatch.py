@@ -62,6 +62,20 @@ def test_adapters_load_run_merge_and_unmerge(where, name, tmp_path):
     torch.testing.assert_close(plain(TOKENS).logits, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layers_that_stay_on_devices_may_be_dispatched_after_the_adapters(name):
+    model = veneer.get_peft_model(llama().eval(), CONFIGS[name]).eval()
+    expected = model(TOKENS).logits
+    places = {"model": "cpu", "lm_head": "cpu"}
+    base = dispatch_model(model.get_base_model(), places, main_device="cpu", force_hooks=True)
+    assert hasattr(base.lm_head, "_hf_hook") or hasattr(base.model, "_hf_hook")
+    assert torch.equal(model(TOKENS).logits, expected)
+    model.merge_adapter()
+    torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-5, rtol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(model(TOKENS).logits, expected)
+
+
 def test_adapters_on_offloaded_layers_are_trained(tmp_path):
     model = veneer.get_peft_model(offloaded("layer by layer", tmp_path), CONFIGS["lora"])
     reference = veneer.get_peft_model(llama(), CONFIGS["lora"])
