@@ -36,6 +36,11 @@ def run(script: str, *arguments: str):
             ["--base-steps", 3, "--steps", 3, "--output-dir", "adapter"],
             lambda scores: len(scores) == 4 and PeftConfig.from_pretrained("adapter").task_type == "SEQ_2_SEQ_LM",
         ),
+        (
+            "multi_adapter_inference/answer_mixed.py",
+            ["--tiny", "--steps", 8, "--new-tokens", 8, "--repeats", 1],
+            lambda found: found["mixed"] == found["alone"] and len(set(found["mixed"])) > 2,
+        ),
     ],
     ids=lambda value: Path(value).stem if isinstance(value, str) else "",
 )
@@ -43,6 +48,15 @@ def test_the_script_runs(script, arguments, holds, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run(script, *arguments)
     assert holds(result), result
+
+
+def test_adapters_of_a_mixed_batch_may_come_from_directories(tmp_path, capsys):
+    script, tiny = "multi_adapter_inference/answer_mixed.py", ["--tiny", "--new-tokens", 8, "--repeats", 1]
+    made = run(script, *tiny, "--steps", 8, "--output", tmp_path)
+    capsys.readouterr()
+    directories = [f"{name}={tmp_path / name}" for name in ("pirate", "polite", "brief")]
+    assert run(script, *tiny, "--adapters", *directories) == made
+    assert "8 of 8 answers equal" in capsys.readouterr().out
 
 
 def test_every_folder_says_what_it_shows():
