@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,15 +33,20 @@ class Habit:
     data: str
     adapter: AdapterOptions
     quantization: str = "none"
+    effort: int = 1
+    """How many times as many steps as the others."""
 
 
+PROMPT = {
+    "num_virtual_tokens": 8,
+    "prompt_tuning_init": "TEXT",
+    "prompt_tuning_init_text": "Answer as in a letter to a dear friend.",
+}
 HABITS = {
-    "lora": Habit("pirate", AdapterOptions(rank=8, learning_rate=1e-3)),
+    "lora": Habit("pirate", AdapterOptions(rank=8, learning_rate=3e-3, targets=("all-linear",))),
     "ia3": Habit("json", AdapterOptions(method="ia3", learning_rate=3e-2)),
-    "prompt": Habit(
-        "shout", AdapterOptions(method="prompt_tuning", learning_rate=3e-2, options={"num_virtual_tokens": 8})
-    ),
-    "qlora": Habit("letter", AdapterOptions(rank=8, learning_rate=1e-3, targets=("all-linear",)), "4bit"),
+    "prompt": Habit("letter", AdapterOptions(method="prompt_tuning", learning_rate=5e-2, options=PROMPT), effort=2),
+    "qlora": Habit("cheer", AdapterOptions(rank=8, learning_rate=3e-3, targets=("all-linear",)), "4bit"),
 }
 
 
@@ -59,18 +64,21 @@ def plain_model(out: Path) -> str:
 
 def train(name: str, habit: Habit, model: str, out: Path, steps: int) -> str:
     """Train one habit and tell what it cost and changed; the adapter's directory."""
+    adapter = habit.adapter
+    if adapter.method == "prompt_tuning":  # the text that it starts from is read with the model's own tokenizer
+        adapter = replace(adapter, options={**adapter.options, "tokenizer_name_or_path": model})
     config = TextConfig(
         data=DATA / f"{habit.data}.jsonl",
         model=model,
         output_dir=out / name,
-        adapter=habit.adapter,
+        adapter=adapter,
         quantization=habit.quantization,  # type: ignore[arg-type]
         eval_fraction=0.17,
         eval_every=0,
         sample_prompts=(QUESTION,),
         sample_tokens=24,
         max_length=96,
-        max_train_steps=steps,
+        max_train_steps=steps * habit.effort,
         train_batch_size=4,
         lr_scheduler="cosine",
         lr_warmup_steps=2,
